@@ -111,11 +111,16 @@ store: { path: "${path.join(this.folder, "tollgate.db")}" }
     return answer.status;
   }
 
+  /** Sends a request to the admin API. Returns the JSON of the answer. */
+  async api(path, method = "GET", body) {
+    const headers = { "content-type": "application/json", ...(this.settings.token && { authorization: `Bearer ${this.settings.token}` }) };
+    const answer = await fetch(`${this.admin}/api/${path}`, { method, headers, body: body && JSON.stringify(body) });
+    return answer.json();
+  }
+
   /** A quota of an environment, as the admin API reports it. */
   async quota(environment, kind, per) {
-    const headers = this.settings.token ? { authorization: `Bearer ${this.settings.token}` } : {};
-    const answer = await fetch(`${this.admin}/api/environments/${environment}`, { headers });
-    const { quotas } = await answer.json();
+    const { quotas } = await this.api(`environments/${environment}`);
     return quotas.find((quota) => quota.scope === "environment" && quota.kind === kind && quota.per === per);
   }
 }

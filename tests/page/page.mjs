@@ -53,6 +53,15 @@ export async function assertNoViolation(page, what) {
   assert.deepEqual(found, [], what);
 }
 
+/** Nothing is wider than the page, and nothing leaves its card. */
+export async function assertFits(page, what) {
+  const wide = await page.evaluate(() => {
+    const cards = [...document.querySelectorAll("html, .card, .answer, .tile, .quota-form, .quotas, .refusals, .causes li")];
+    return cards.filter((card) => card.scrollWidth > card.clientWidth + 1).map((card) => `${card.tagName} ${card.className}: ${card.scrollWidth} px in ${card.clientWidth} px`);
+  });
+  assert.deepEqual(wide, [], what);
+}
+
 /** Waits until `condition` holds. */
 export async function until(condition, what, ms = 10_000) {
   const end = Date.now() + ms;

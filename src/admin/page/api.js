@@ -3,9 +3,9 @@
 /** A refusal of the API, or a failed connection. `message` is a sentence for the user. */
 export class ApiError extends Error {
   /** `status` is 0 if there was no answer. */
-  constructor(status, code, message, retryAfter = 0) {
+  constructor(status, code, message) {
     super(message);
-    Object.assign(this, { status, code, retryAfter });
+    Object.assign(this, { status, code });
   }
 }
 
@@ -37,7 +37,7 @@ export async function open(method, path, options = {}) {
   const { error } = await answer.json().catch(() => ({}));
   if (answer.status === 401 && path !== "/api/session") onSignInNeeded();
   const message = error?.message ?? `The gateway answered with status ${answer.status}.`;
-  throw new ApiError(answer.status, error?.code ?? "", message, Number(answer.headers.get("retry-after")) || 0);
+  throw new ApiError(answer.status, error?.code ?? "", message);
 }
 
 /** Sends a request. Returns the JSON of the answer, or its text if it is not JSON. Throws `ApiError`. */

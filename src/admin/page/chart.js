@@ -1,12 +1,14 @@
 // Charts as SVG. Colours come from the style sheet, by class.
 
+import { shown } from "./dom.js";
+
 const NAMESPACE = "http://www.w3.org/2000/svg";
 
 /** Makes an SVG element. */
 export function svg(name, attributes = {}, ...children) {
   const element = document.createElementNS(NAMESPACE, name);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  element.append(...children.flat(2));
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, key === "aria-label" ? shown(value) : value);
+  element.append(...children.flat(2).map((child) => (child instanceof Node ? child : shown(child))));
   return element;
 }
 

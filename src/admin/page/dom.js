@@ -1,5 +1,18 @@
 // Elements. Text enters the page as text nodes only, never as HTML.
 
+/** Characters that set the direction of the text after them. */
+const DIRECTIONS = /[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g;
+
+/**
+ * A text as it is shown. Callers choose the names of models, so characters that could reverse the text after them are
+ * written as `\u202e`.
+ */
+export const shown = (text) =>
+  String(text).replace(DIRECTIONS, (character) => `\\u${character.charCodeAt(0).toString(16).padStart(4, "0")}`);
+
+/** Attributes whose text is shown or read out. */
+const SHOWN = new Set(["title", "aria-label"]);
+
 /**
  * Makes an element: `el("p", {class: "soft"}, "text", child)`. An attribute `onclick` is a listener; `true` sets an
  * attribute without a value; `false`, `null` and `undefined` leave it out, also as children.
@@ -10,27 +23,33 @@ export function el(name, attributes = {}, ...children) {
     if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
     else setAttribute(element, key, value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  const present = children.flat().filter((child) => child !== null && child !== undefined && child !== false);
+  element.append(...present.map((child) => (child instanceof Node ? child : shown(child))));
   return element;
 }
 
-/** Sets an attribute if it differs. `true`: without a value; `false`, `null`, `undefined`: removes it. */
+/**
+ * Sets an attribute if it differs. `true`: without a value; `false`, `null`, `undefined`: removes it. Attributes of ARIA
+ * have the values `true` and `false` as words.
+ */
 export function setAttribute(element, name, value) {
-  if (value === false || value === null || value === undefined) {
+  const isWord = typeof value === "boolean" && name.startsWith("aria-");
+  if (value === null || value === undefined || (value === false && !isWord)) {
     if (element.hasAttribute(name)) element.removeAttribute(name);
     return;
   }
-  const text = value === true ? "" : String(value);
+  const text = value === true && !isWord ? "" : SHOWN.has(name) ? shown(value) : String(value);
   if (element.getAttribute(name) !== text) element.setAttribute(name, text);
 }
 
 /** Sets the text of an element in place, if it differs. */
 export function setText(element, text) {
   const node = element.firstChild;
+  const value = shown(text);
   if (node === null) {
-    if (text !== "") element.append(text);
-  } else if (node.nodeValue !== text) {
-    node.nodeValue = text;
+    if (value !== "") element.append(value);
+  } else if (node.nodeValue !== value) {
+    node.nodeValue = value;
   }
 }
 
@@ -44,6 +63,35 @@ export function replaceIfNew(element, key, children) {
   if (element.dataset.key === key) return;
   element.dataset.key = key;
   element.replaceChildren(...children());
+}
+
+/** Replaces the children of an element. Tables that can be scrolled keep their place and the focus, by their names. */
+export function replaceInPlace(element, children) {
+  const places = new Map();
+  for (const box of element.querySelectorAll(".scroll")) {
+    places.set(box.getAttribute("aria-label"), { left: box.scrollLeft, top: box.scrollTop, hasFocus: box === document.activeElement });
+  }
+  element.replaceChildren(...children);
+  for (const box of element.querySelectorAll(".scroll")) {
+    const place = places.get(box.getAttribute("aria-label"));
+    if (!place) continue;
+    box.scrollTo(place.left, place.top);
+    if (place.hasFocus) box.focus({ preventScroll: true });
+  }
+}
+
+/** Focuses an element, also one that the Tab key does not reach. */
+export function focusOn(element) {
+  if (!element.matches("a[href], button, input, select, textarea, summary, [tabindex]")) element.tabIndex = -1;
+  element.focus();
+}
+
+/** Focuses the first of these elements that can have the focus, if nothing has it: what had it is gone, hidden or disabled. */
+export function restoreFocus(...elements) {
+  const hasFocus = (element) => !element.disabled && element.checkVisibility();
+  const { activeElement: active } = document;
+  if (active && active !== document.body && hasFocus(active)) return;
+  elements.find(hasFocus)?.focus({ preventScroll: true });
 }
 
 let lastId = 0;

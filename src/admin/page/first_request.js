@@ -2,7 +2,6 @@
 
 import { get } from "./api.js";
 import { el, setText } from "./dom.js";
-import { live } from "./live.js";
 
 const MODEL = "gpt-4o-mini";
 const QUESTION = "Why is the sky blue?";
@@ -36,6 +35,17 @@ function baseUrl(system) {
   return `${tls ? "https" : "http"}://${listen.replace(/^(0\.0\.0\.0|\[::\])/, location.hostname)}/v1`;
 }
 
+/** Which keys the gateway accepts, by the environments of its config. */
+function keyWords(environments) {
+  const all = Object.entries(environments);
+  const open = all.filter(([, { keys = [] }]) => keys.length === 0).map(([name]) => name);
+  if (open.length === 0) return ["YOUR_KEY is the key of a caller. It also chooses the environment."];
+  let which = `${open.length} environments have no keys in the config, and accept any key.`;
+  if (open.length === 1) which = `The environment ${open[0]} has no keys in the config, and accepts any key.`;
+  if (open.length === all.length) which = "No environment has keys in the config, so any key is accepted.";
+  return [`${which} The path chooses the environment: `, el("code", {}, `/${open[0]}/v1/chat/completions`), "."];
+}
+
 /** The panel: one example at a time, with a button that copies it. */
 export function firstRequest() {
   let base = baseUrl(null);
@@ -64,12 +74,12 @@ export function firstRequest() {
     base = baseUrl(system);
     choose(language);
   }, () => {});
-  const names = [...live.environments.keys()];
+  const keys = el("p");
+  get("/api/config").then(({ environments = {} }) => keys.replaceWith(el("p", { class: "soft" }, keyWords(environments))), () => {});
   return el("section", { class: "card first-request", "aria-label": "Send the first request" },
     el("h2", {}, "Send the first request"),
     el("p", {}, "No request has arrived yet. An application changes its ", el("code", {}, "base_url"), " and its key, and nothing else."),
     el("div", { class: "tools" }, tabs, el("button", { type: "button", onclick: copy }, "Copy"), status),
     el("pre", { tabindex: 0, role: "region", "aria-label": "Example" }, code),
-    el("p", { class: "soft" }, "An environment without keys accepts any key. The path chooses the environment: ",
-      el("code", {}, `/${names[0] ?? "production"}/v1/chat/completions`), "."));
+    keys);
 }

@@ -10,8 +10,9 @@ export const number = (value) => whole.format(value);
 /** `12.3K`, for axes and places without room. */
 export const short = (value) => compact.format(value);
 
-/** `1,234/s`, `3.4/s`, or `6/min`: an amount over time. */
+/** `12.3M/s`, `1,234/s`, `3.4/s`, or `6/min`: an amount over time. */
 export function rate(perSecond) {
+  if (perSecond >= 1e5) return `${short(perSecond)}/s`;
   if (perSecond >= 1 || perSecond === 0) return `${(perSecond < 10 ? tenth : whole).format(perSecond)}/s`;
   const perMinute = 60 * perSecond;
   return perMinute < 0.1 ? "< 0.1/min" : `${(perMinute < 10 ? tenth : whole).format(perMinute)}/min`;
@@ -22,7 +23,7 @@ export function percent(share) {
   const value = Math.round(100 * share);
   if (share > 0 && value === 0) return "< 1 %";
   if (share < 1 && value === 100) return "> 99 %";
-  return `${whole.format(value)} %`;
+  return `${(value < 10_000 ? whole : compact).format(value)} %`;
 }
 
 const UNITS = [["d", 86_400_000], ["h", 3_600_000], ["m", 60_000], ["s", 1_000]];
@@ -77,8 +78,11 @@ export function exactMoment(at) {
   return formatter(undefined, isToday ? SECONDS : { ...DAY, ...SECONDS }).format(at);
 }
 
+/** `1 Dec`, in a zone. */
+export const day = (at, zone) => formatter(zone, DAY).format(at);
+
 /** `1 Dec`, in UTC, as the usage history counts. */
-export const utcDay = (at) => formatter("UTC", DAY).format(at);
+export const utcDay = (at) => day(at, "UTC");
 
 /** `Dec 2026`, in UTC. */
 export const utcMonth = (at) => formatter("UTC", { month: "short", year: "numeric" }).format(at);
@@ -100,6 +104,26 @@ export function momentInZone(at, zone) {
   const there = moment(at, zone);
   const here = moment(at);
   return there === here ? `at ${there} ${place(zone)}` : `at ${there} ${place(zone)}, ${here} here`;
+}
+
+const CLOCK = { hourCycle: "h23", year: "numeric", month: "numeric", day: "numeric", hour: "numeric", minute: "numeric", second: "numeric" };
+
+/** What the clocks of a zone show at a moment, as the moment at which those of UTC show it. */
+function clockIn(zone, at) {
+  const parts = formatter(zone, CLOCK).formatToParts(at).map(({ type, value }) => [type, Number(value)]);
+  const { year, month, day, hour, minute, second } = Object.fromEntries(parts);
+  return Date.UTC(year, month - 1, day, hour, minute, second);
+}
+
+/** The begin of the day that is so many months and days before the one of a moment, in a zone. */
+export function dayBefore(at, zone, months, days) {
+  const today = new Date(clockIn(zone, at));
+  const midnight = Date.UTC(today.getUTCFullYear(), today.getUTCMonth() - months, today.getUTCDate() - days);
+  const guess = (near) => midnight - (clockIn(zone, near) - near);
+  const guesses = [guess(midnight), guess(guess(midnight))];
+  // When the clocks change at midnight, it comes twice, or the day begins later.
+  const midnights = [...guesses, guesses[1] - 3_600_000].filter((moment) => clockIn(zone, moment) === midnight);
+  return midnights.length > 0 ? Math.min(...midnights) : Math.max(...guesses);
 }
 
 /** `total tokens per minute`. */
@@ -128,14 +152,26 @@ export const unitOf = (kind) => (kind === "requests" ? "requests" : "tokens");
 /** `1 request`, `400,000 tokens`. */
 export const amountOf = (value, kind) => count(value, unitOf(kind).slice(0, -1));
 
-const FACTORS = { "": 1, k: 1e3, m: 1e6, g: 1e9 };
+/** Zeros that a suffix of an amount stands for. */
+const ZEROS = { "": 0, k: 3, m: 6, g: 9 };
+/** The largest limit that the gateway accepts. */
+const MAX_AMOUNT = 2 ** 50;
 
-/** The amount that a text means: `400000`, `400,000`, `400k`, `1.5M`. `null`: the text is no amount. */
+/**
+ * `{value}`: the amount that a text means, such as `400000`, `400,000`, `400k` or `1.5M`. `{fault}`: a sentence, if it
+ * means none, or another one to readers who write `1.000` for a thousand or `1,5` for a fraction.
+ */
 export function amount(text) {
-  const match = /^([\d,_ ]*\.?\d+)\s*([kmg]?)$/i.exec(text.trim());
-  if (!match) return null;
-  const value = Math.round(Number(match[1].replace(/[,_ ]/g, "")) * FACTORS[match[2].toLowerCase()] * 1e6) / 1e6;
-  return Number.isSafeInteger(value) && value > 0 ? value : null;
+  const [, whole, fraction = "", suffix] = /^([\d,_ ]*?)(?:\.(\d+))?\s*([kmg]?)$/i.exec(text.trim()) ?? [];
+  if (!whole && !fraction) return { fault: "Enter a whole number, such as 400,000 or 400k." };
+  if (!/^(\d*|\d{1,3}([,_ ])\d{3}(\2\d{3})*)$/.test(whole)) {
+    return { fault: "A comma separates groups of three digits, as in 1,500,000. A fraction has a point, as in 1.5M." };
+  }
+  if (fraction.endsWith("0") || fraction.length > ZEROS[suffix.toLowerCase()]) {
+    return { fault: `“${text.trim()}” is not clear: a point begins a fraction, as in 1.5M. A thousand is 1,000 or 1k.` };
+  }
+  const value = Number(whole.replace(/[,_ ]/g, "") + fraction.padEnd(ZEROS[suffix.toLowerCase()], "0"));
+  return value >= 1 && value <= MAX_AMOUNT ? { value } : { fault: `The amount must be from 1 to ${number(MAX_AMOUNT)}.` };
 }
 
 /** The plural of a counted noun: `1 refusal`, `2 refusals`. */

@@ -1,10 +1,10 @@
 // Limits: the environments and the upstreams side by side, with a form for each quota.
 
 import { call, get } from "./api.js";
-import { el, replaceIfNew, setText, setVisible } from "./dom.js";
-import { count } from "./format.js";
+import { el, focusOn, replaceIfNew, setText, setVisible } from "./dom.js";
+import { count, moment, number, quotaName } from "./format.js";
 import { live, owner, showEnvironment } from "./live.js";
-import { QuotaForm } from "./quota_form.js";
+import { NO_END, QuotaForm } from "./quota_form.js";
 import { periodMs } from "./quota_rows.js";
 
 /** Environments drawn at first, and added by each "Show more". */
@@ -14,6 +14,13 @@ const KINDS = ["total_tokens", "prompt_tokens", "completion_tokens", "requests"]
 
 const place = (name) => (FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length);
 
+/** Whether quotas are enforced, and whether an administrator has set that. */
+function enforceWords({ enforce, enforce_override: override }) {
+  const until = override?.until ? ` until ${moment(Date.parse(override.until))}` : "";
+  const origin = override ? `, by an override${until}` : "";
+  return `${enforce ? "Quotas are enforced" : "Shadow mode: quotas count and refuse nothing"}${origin}.`;
+}
+
 /** By period, then by kind. */
 const inOrder = (a, b) => periodMs(a.json.per) - periodMs(b.json.per) || KINDS.indexOf(a.json.kind) - KINDS.indexOf(b.json.kind);
 
@@ -21,10 +28,13 @@ const inOrder = (a, b) => periodMs(a.json.per) - periodMs(b.json.per) || KINDS.i
 class EnvironmentCard {
   #forms = new Map();
   #isOpen = false;
+  /** Whether a change of `enforce` is sent, or was. */
+  #enforcing = { isSending: false, isSent: false, fault: "" };
+  /** Why the form that a link leads to is not shown. */
+  #missing = "";
 
-  constructor(name, onSaved) {
+  constructor(name) {
     this.name = name;
-    this.onSaved = onSaved;
     this.own = el("div", { class: "forms" });
     this.others = el("div", { class: "forms" });
     this.summary = el("summary", {});
@@ -41,7 +51,7 @@ class EnvironmentCard {
     if (!found) return;
     const { json, quotas } = found;
     setVisible(this.enforceLabel, typeof json.enforce === "boolean");
-    if (document.activeElement !== this.enforce) this.enforce.checked = json.enforce !== false;
+    this.#showEnforce(json);
     const isOwn = ({ json: { name, scope } }) => !name || scope === "upstream";
     this.#place(this.own, quotas.filter(isOwn).sort(inOrder));
     const others = quotas.filter((quota) => !isOwn(quota));
@@ -58,7 +68,7 @@ class EnvironmentCard {
 
   #form(quota) {
     let form = this.#forms.get(quota);
-    if (!form) this.#forms.set(quota, (form = new QuotaForm(quota, this.onSaved)));
+    if (!form) this.#forms.set(quota, (form = new QuotaForm(quota)));
     return form;
   }
 
@@ -67,16 +77,30 @@ class EnvironmentCard {
     if (isOpen) this.update();
   }
 
+  #showEnforce(json) {
+    const { isSending, isSent, fault } = this.#enforcing;
+    if (!isSending) this.enforce.checked = json.enforce !== false;
+    const isSaid = isSent || json.enforce === false || Boolean(json.enforce_override);
+    setText(this.status, fault || this.#missing || (isSaid && typeof json.enforce === "boolean" ? enforceWords(json) : ""));
+  }
+
   async #setEnforce() {
     const enforce = this.enforce.checked;
+    this.#missing = "";
+    this.#enforcing = { isSending: true, isSent: false, fault: "" };
+    let answer = null;
     try {
-      showEnvironment(await call("PATCH", `/api/environments/${encodeURIComponent(this.name)}`, { enforce }));
-      setText(this.status, enforce ? "Quotas are enforced." : "Shadow mode: quotas count and refuse nothing.");
-      this.onSaved();
-    } catch (error) {
-      this.enforce.checked = !enforce;
-      setText(this.status, error.message);
+      const { enforce: overrides } = await get("/api/overrides");
+      const override = overrides.find(({ environment }) => environment === this.name);
+      // Back to the file if that has the same value, so that no override is left.
+      const file = override ? override.file_enforce : owner(this.name).json.enforce;
+      answer = await call("PATCH", `/api/environments/${encodeURIComponent(this.name)}`, { enforce: enforce === file ? null : enforce });
+      this.#enforcing = { isSending: false, isSent: true, fault: "" };
+    } catch ({ message }) {
+      this.#enforcing = { isSending: false, isSent: false, fault: message };
     }
+    if (answer) showEnvironment(answer);
+    this.update();
   }
 
   /** Shows and focuses the form of a quota. */
@@ -88,7 +112,10 @@ class EnvironmentCard {
     const quota = owner(this.name)?.quotas.find(({ json }) =>
       json.scope === scope && (json.name ?? "") === name && json.kind === kind && json.per === per);
     const form = quota && this.#forms.get(quota);
-    if (!form) return;
+    if (!form) {
+      this.#missing = `There is no quota “${quotaName({ scope, name, kind, per })}”.`;
+      return this.update();
+    }
     form.element.scrollIntoView({ block: "center" });
     form.element.classList.add("target");
     (form.limit.disabled ? form.unlimited : form.limit).focus({ preventScroll: true });
@@ -113,6 +140,11 @@ class YamlCopy {
       setVisible(this.text, false);
       return setText(this.status, error.message);
     }
+    if (text.replace(/^#.*\n/gm, "").trim() === "environments: {}") {
+      setVisible(this.box, true);
+      setVisible(this.text, false);
+      return setText(this.status, "Nothing to copy: everything is as in the file.");
+    }
     this.text.value = text;
     this.text.rows = Math.min(16, text.split("\n").length + 1);
     setVisible(this.box, true);
@@ -134,18 +166,26 @@ export function limits([environment = "", ...quota]) {
   const filter = el("input", { type: "search", "aria-label": "Filter", placeholder: "Filter: environment, upstream", value: environment, oninput: () => update() });
   const grid = el("div", { class: "environments" });
   let shown = BATCH;
-  const more = el("button", { type: "button", onclick: () => ((shown += BATCH), update()) }, "Show more");
+  const more = el("button", { type: "button", onclick: () => showMore() }, "Show more");
   const rest = el("p", { class: "soft" });
-  const durations = el("datalist", { id: "durations" }, ["30m", "2h", "8h", "1d", "7d"].map((value) => el("option", { value })));
+  const empty = el("p", { class: "calm", role: "status" });
+  const durations = el("datalist", { id: "durations" }, ["30m", "2h", "8h", "1d", "7d", NO_END].map((value) => el("option", { value })));
   const element = el("div", {},
     el("div", { class: "tools" }, el("h1", {}, "Limits"), filter, yaml.button),
     el("p", { class: "soft" }, "A change is in force at once and survives a restart. The file keeps its own value, and Undo goes back to it."),
-    yaml.box, grid, el("div", { class: "tools" }, more, rest), durations);
+    yaml.box, grid, empty, el("div", { class: "tools" }, more, rest), durations);
   const card = (name) => {
-    if (!cards.has(name)) cards.set(name, new EnvironmentCard(name, () => {}));
+    if (!cards.has(name)) cards.set(name, new EnvironmentCard(name));
     return cards.get(name);
   };
   let isRevealed = quota.length < 4;
+  function showMore() {
+    const first = shown;
+    shown += BATCH;
+    update();
+    if (more.hidden) focusOn(grid.children[first]);
+  }
+
   function update() {
     const text = filter.value.trim().toLowerCase();
     const names = [...live.environments.keys(), ...live.upstreams.keys()].filter((name) => name.toLowerCase().includes(text));
@@ -156,7 +196,9 @@ export function limits([environment = "", ...quota]) {
     replaceIfNew(grid, drawn.join("\n"), () => drawn.map((name) => card(name).element));
     for (const name of drawn) card(name).update();
     setVisible(more, names.length > drawn.length);
-    setText(rest, names.length > drawn.length ? `${drawn.length} of ${count(names.length, "environment")}` : "");
+    setText(rest, names.length > drawn.length ? `${drawn.length} of ${number(names.length)}` : "");
+    setText(empty, live.isLoaded && names.length === 0 ? `No environment or upstream has the name “${filter.value.trim()}”.` : "");
+    setVisible(empty, names.length === 0);
     if (!isRevealed && cards.has(environment) && element.isConnected) {
       isRevealed = true;
       card(environment).reveal(...quota);

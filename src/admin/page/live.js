@@ -22,14 +22,14 @@ const MAX_SAMPLES = 240;
 /** One quota. The object is the same as long as the quota exists; `json` is replaced. */
 class QuotaRecord {
   /** `environment`: its name, or `upstream openai` for a quota of an upstream. */
-  constructor(environment, json) {
+  constructor(environment, json, isEnforced) {
     this.environment = environment;
     this.isOfUpstream = isOfUpstream(json);
     this.label = `${environment} · ${quotaName(json)}`;
     this.search = this.label.toLowerCase();
-    /** `spent`, `refusing`, `running-out`, `fine` or `unlimited`. */
+    /** `spent`, `refusing`, `running-out`, `fine`, `unlimited`, or `shadow`: it counts and refuses nothing. */
     this.state = "fine";
-    this.update(json);
+    this.update(json, isEnforced);
   }
 
   isOf(json) {
@@ -37,7 +37,7 @@ class QuotaRecord {
     return own.kind === json.kind && own.per === json.per && own.name === json.name && own.scope === json.scope;
   }
 
-  update(json) {
+  update(json, isEnforced) {
     this.json = json;
     /** Requests that this quota refused in the last minute. */
     this.refused = json.refused_last_minute ?? 0;
@@ -47,19 +47,21 @@ class QuotaRecord {
     this.isUnlimited = json.unlimited === true || json.limit === null || json.limit === "unlimited";
     this.isSpent = !this.isUnlimited && json.level <= 0;
     this.share = this.isUnlimited ? 0 : Math.max(0, (json.burst - json.level) / json.burst);
-    this.#assess();
+    this.#assess(isEnforced);
   }
 
   /**
    * Sets `state` and `rank`. The lower the rank, the worse: spent quotas, those that refuse requests, those that run out,
    * by when; then the others, by share.
    */
-  #assess() {
+  #assess(isEnforced) {
+    const byShare = 2e15 - 1e14 * Math.min(1, this.share);
     const [state, rank] = this.isUnlimited ? ["unlimited", 3e15 - (this.json.rate ?? 0)]
+      : !isEnforced ? ["shadow", byShare]
       : this.isSpent ? ["spent", -1e9 - this.json.reset_seconds]
       : this.refused > 0 ? ["refusing", -this.refused]
       : this.exhaustsAt !== null ? ["running-out", this.exhaustsAt]
-      : ["fine", 2e15 - 1e14 * this.share];
+      : ["fine", byShare];
     this.state = state;
     this.rank = rank;
   }
@@ -108,8 +110,10 @@ export const owner = (name) => live.environments.get(name) ?? live.upstreams.get
 /** Applies the state of an environment, or of an upstream. Returns whether quotas were added or removed. */
 function takeOwner(all, name, json) {
   const known = all.get(name);
+  // Upstreams have no shadow mode.
+  const isEnforced = json.enforce !== false;
   if (!known) {
-    all.set(name, { json, quotas: json.quotas.map((quota) => new QuotaRecord(name, quota)) });
+    all.set(name, { json, quotas: json.quotas.map((quota) => new QuotaRecord(name, quota, isEnforced)) });
     return true;
   }
   known.json = json;
@@ -124,14 +128,14 @@ function takeOwner(all, name, json) {
     return undefined;
   };
   if (json.complete === false) {
-    for (const quota of json.quotas) find(quota)?.update(quota);
+    for (const quota of json.quotas) find(quota)?.update(quota, isEnforced);
     return false;
   }
   const before = known.quotas;
   known.quotas = json.quotas.map((quota) => {
     const record = find(quota) ?? before.find((other) => other.isOf(quota));
-    record?.update(quota);
-    return record ?? new QuotaRecord(name, quota);
+    record?.update(quota, isEnforced);
+    return record ?? new QuotaRecord(name, quota, isEnforced);
   });
   return known.quotas.length !== before.length || known.quotas.some((record, n) => record !== before[n]);
 }

@@ -17,6 +17,7 @@ const main = document.getElementById("main");
 const nav = document.querySelector("nav");
 const connection = document.getElementById("connection");
 const signOutButton = document.getElementById("sign-out");
+const skipLink = document.querySelector(".skip");
 
 /** The visible view: `{title, element, update(what), close()}`. */
 let current = null;
@@ -55,6 +56,7 @@ function showSignIn() {
   setText(connection, "");
   const view = signIn(() => {
     showAddress();
+    main.focus({ preventScroll: true });
     connect();
   });
   show(view);
@@ -102,6 +104,11 @@ addEventListener("hashchange", () => {
   main.focus({ preventScroll: true });
 });
 signOutButton.addEventListener("click", signOut);
+// The address names the view, so the link must not change it.
+skipLink.addEventListener("click", (event) => {
+  event.preventDefault();
+  main.focus();
+});
 showAddress();
 showConnection();
 start(showSignIn);

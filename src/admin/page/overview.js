@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { sparkline } from "./chart.js";
-import { el, replaceIfNew, setText, setVisible } from "./dom.js";
+import { el, replaceIfNew, restoreFocus, setText, setVisible } from "./dom.js";
 import { firstRequest } from "./first_request.js";
 import { amountOf, count, duration, momentInZone, number, percent, quotaName, rate } from "./format.js";
 import { live } from "./live.js";
@@ -75,11 +75,19 @@ function sentence(quota) {
   return { environment: quota.environment, what, when, reset, blame, refused, state: quota.state, link: quotaLink(quota) };
 }
 
+/** `Shadow mode, refuses nothing: sandbox, staging and 3 more.` Empty: every environment enforces its quotas. */
+function shadowWords() {
+  const names = [...live.environments.values()].filter(({ json }) => json.enforce === false).map(({ json }) => json.name);
+  if (names.length === 0) return "";
+  const more = names.length > NAMED ? ` and ${number(names.length - NAMED)} more` : "";
+  return `Shadow mode, refuses nothing: ${names.slice(0, NAMED).join(", ")}${more}.`;
+}
+
 /** Of each environment the worst quota that refuses requests now, and the worst that runs out. */
 function runningOut() {
   const worst = new Map();
   for (const quota of live.quotas) {
-    if (quota.state === "fine" || quota.state === "unlimited") continue;
+    if (["fine", "shadow", "unlimited"].includes(quota.state)) continue;
     const key = `${quota.state === "running-out"} ${quota.environment}`;
     const known = worst.get(key);
     if (!known || quota.rank < known.rank) worst.set(key, quota);
@@ -91,15 +99,18 @@ class Answer {
   constructor() {
     this.list = el("ol", { class: "first" });
     this.calm = el("p", { class: "calm" });
+    this.shadow = el("p", { class: "soft shadow" });
     this.items = [];
     this.element = el("section", { class: "answer", "aria-label": "Runs out first" },
-      el("h2", {}, "Runs out first"), this.calm, this.list);
+      el("h2", {}, "Runs out first"), this.calm, this.list, this.shadow);
   }
 
   update() {
     const quotas = runningOut();
     setVisible(this.calm, quotas.length === 0);
-    setText(this.calm, live.isLoaded ? "Nothing. At the present rate every quota lasts until it resets." : "Loading …");
+    const shadow = shadowWords();
+    setText(this.calm, live.isLoaded ? `Nothing. At the present rate every ${shadow && "enforced "}quota lasts until it resets.` : "Loading …");
+    setText(this.shadow, shadow);
     quotas.forEach((quota, n) => {
       this.items[n] ??= this.#item();
       const item = this.items[n];
@@ -153,7 +164,7 @@ class Tiles {
     }
     setText(this.values.flight, number(inFlight));
     setText(this.values.refused, number(refused));
-    setText(this.values.spent, number(live.quotas.reduce((sum, quota) => sum + (quota.isSpent ? 1 : 0), 0)));
+    setText(this.values.spent, number(live.quotas.reduce((sum, quota) => sum + (quota.state === "spent" ? 1 : 0), 0)));
   }
 }
 
@@ -250,7 +261,9 @@ export function overview([filter = ""]) {
     el("div", { class: "top" }, answer.element, tiles.element), quotas.element);
   const update = () => {
     const isUnused = live.isLoaded && [...live.environments.values()].every(({ json }) => json.totals.requests + json.totals.rejected + json.in_flight === 0);
+    const hadFocus = empty.contains(document.activeElement);
     replaceIfNew(empty, isUnused ? "unused" : "", () => (isUnused ? [firstRequest()] : []));
+    if (hadFocus) restoreFocus(document.getElementById("main"));
     answer.update();
     tiles.update();
     quotas.update();

@@ -1,14 +1,17 @@
 // The form of one quota: Unlimited or Specify, limit, burst, duration and reason. Before saving, it shows the result of
-// the dry run; after saving, the new state. Undo discards the typed values, or reverts the last save.
+// the dry run; after saving, the new state. Undo discards the typed values, or reverts the last save. A change that
+// others made meanwhile is shown, and only replaced or removed by a second click.
 
 import { call, quotaPath, withQuery } from "./api.js";
-import { el, newId, setAttribute, setText, setVisible } from "./dom.js";
-import { amount, amountOf, count, duration, moment, number, quotaName } from "./format.js";
+import { el, newId, restoreFocus, setAttribute, setText, setVisible } from "./dom.js";
+import { amount, amountOf, count, duration, exactMoment, moment, number, quotaName } from "./format.js";
 import { showEnvironment } from "./live.js";
 import { fileLimit, overrideWords } from "./quota_rows.js";
 
 /** Time without a key press before the dry run is requested. */
 const PAUSE_MS = 250;
+/** The text for an override that does not end. */
+export const NO_END = "no end";
 
 /** `400,000 tokens per minute`, with the burst if it differs; or `unlimited`. */
 function limitWords({ limit, burst, unlimited }, { kind, per }) {
@@ -17,17 +20,42 @@ function limitWords({ limit, burst, unlimited }, { kind, per }) {
   return `${amountOf(limit, kind)} per ${per}${extra}`;
 }
 
+/** ` until 14:20`, with the second if it is near. */
+function untilWords(until) {
+  if (!until) return "";
+  const at = Date.parse(until);
+  return ` until ${at - Date.now() < 3_600_000 ? exactMoment(at) : moment(at)}`;
+}
+
+/** `file: 400,000, until 14:20`: the limit that an override replaces, and when that ends. */
+function sourceWords(override) {
+  if (!override) return "override";
+  return `file: ${fileLimit(override)}${override.until ? `,${untilWords(override.until)}` : ""}`;
+}
+
+/** What the limit in force is and how it was set, to compare. */
+const stateOf = ({ limit, burst, unlimited, source, override }) =>
+  JSON.stringify([limit, burst, unlimited, source, override?.since, override?.until]);
+
+/** The time until an override ends, for the body of a request. `null`: it has ended. */
+function remaining(until) {
+  const ms = Date.parse(until) - Date.now();
+  return ms > 0 ? `${Math.max(1_000, ms)}ms` : null;
+}
+
 export class QuotaForm {
   #timer = 0;
   #isDirty = false;
-  /** The body of a request that reverts the last save; `null`: the file's value is restored. */
-  #before;
+  /** The override before the last save: `{body, until}`; `null`: the value of the file was in force. */
+  #before = null;
+  /** The message about the last change, with the state after it, and when that ends: `{text, state, until}`. */
+  #said = null;
+  /** The state in which the user began to type. */
+  #typedOn = "";
   #lastDryRun = 0;
 
-  /** `onSaved()` is called when a limit was changed. */
-  constructor(quota, onSaved) {
+  constructor(quota) {
     this.quota = quota;
-    this.onSaved = onSaved;
     const group = newId("mode");
     const radio = (value) => el("input", { type: "radio", name: group, value, id: `${group}-${value}` });
     const input = (attributes = {}) => el("input", { type: "text", autocomplete: "off", id: newId("field"), ...attributes });
@@ -35,7 +63,7 @@ export class QuotaForm {
     this.specify = radio("specify");
     this.limit = input({ required: true });
     this.burst = input({ placeholder: "as limit" });
-    this.duration = input({ placeholder: "no end", list: "durations" });
+    this.duration = input({ list: "durations" });
     this.reason = input({ placeholder: "for the log", maxlength: 200 });
     this.save = el("button", { type: "submit", class: "main" }, "Save");
     this.undo = el("button", { type: "button", onclick: () => this.#undo() }, "Undo");
@@ -57,12 +85,28 @@ export class QuotaForm {
   update() {
     const { json, isUnlimited } = this.quota;
     const isOverride = json.source === "override";
-    const source = !isOverride ? "as in the file" : json.override ? `file: ${fileLimit(json.override)}${json.override.until ? `, until ${moment(Date.parse(json.override.until))}` : ""}` : "override";
+    const source = isOverride ? sourceWords(json.override) : "as in the file";
     setText(this.state, isUnlimited ? `${number(json.used)} used; ${source}` : `${number(json.used)} of ${number(json.burst)} used; ${source}`);
     setAttribute(this.state, "title", json.override ? overrideWords(json.override) : null);
-    setAttribute(this.element, "class", isOverride ? "quota-form is-override" : "quota-form");
-    if (!this.#isDirty) this.#fill();
+    this.element.classList.toggle("is-override", isOverride);
+    setAttribute(this.duration, "placeholder", json.override?.until ? "same end" : NO_END);
+    if (!this.#isDirty) {
+      this.#fill();
+      if (this.#said) this.#report(this.#isChangedByOthers() ? this.#changedWords() : this.#said.text);
+    }
     this.#showParts();
+  }
+
+  #isChangedByOthers() {
+    return this.#said !== null && this.#said.state !== stateOf(this.quota.json);
+  }
+
+  /** A change of the limit that this form did not make. */
+  #changedWords() {
+    const { json } = this.quota;
+    const isFile = json.source !== "override";
+    const hasEnded = isFile && this.#said?.until && Date.parse(this.#said.until) <= Date.now() + 1_000;
+    return `${hasEnded ? "The override has ended" : "Changed meanwhile"}: ${limitWords(json, json)}${isFile ? ", as in the file" : untilWords(json.override?.until)}.`;
   }
 
   #fill() {
@@ -89,22 +133,26 @@ export class QuotaForm {
     setAttribute(this.status, "class", isAlarm ? "status alarm" : "status");
   }
 
-  /** The body of a request, or `null` with a message if a field is empty. */
-  #body() {
+  /** `{body, end}`: the body of a request, and its end in words; `{fault, field}` if a field is not valid. */
+  #input() {
     const body = { limit: "unlimited" };
-    if (this.specify.checked) {
-      const text = this.limit.value.trim();
-      if (text === "") return null;
-      body.limit = amount(text) ?? text;
-      const burst = this.burst.value.trim();
-      if (burst !== "" && this.quota.json.window === "rolling") body.burst = amount(burst) ?? burst;
+    const fields = this.specify.checked ? { limit: this.limit, burst: this.burst } : {};
+    for (const [name, field] of Object.entries(fields)) {
+      if (name === "burst" && (field.value.trim() === "" || this.quota.json.window !== "rolling")) continue;
+      const { value, fault } = amount(field.value);
+      if (fault) return { fault, field };
+      body[name] = value;
     }
-    if (this.duration.value.trim() !== "") body.for = this.duration.value.trim().replaceAll(" ", "");
+    const typed = this.duration.value.trim();
+    const { until } = this.quota.json.override ?? {};
+    const length = typed === "" && until ? remaining(until) ?? "1s" : typed.replaceAll(" ", "");
+    if (length && typed.toLowerCase() !== NO_END) body.for = length;
     if (this.reason.value.trim() !== "") body.reason = this.reason.value.trim();
-    return body;
+    return { body, end: !body.for ? "" : typed === "" ? untilWords(until) : ` for ${length}` };
   }
 
   #onInput() {
+    if (!this.#isDirty) this.#typedOn = stateOf(this.quota.json);
     this.#isDirty = true;
     this.#showParts();
     clearTimeout(this.#timer);
@@ -112,82 +160,102 @@ export class QuotaForm {
   }
 
   async #dryRun() {
-    const body = this.#body();
-    if (!body) return this.#report("Enter a limit, such as 400,000 or 400k.");
+    const { body, end, fault } = this.#input();
     const run = (this.#lastDryRun += 1);
+    if (fault) return this.#report(fault);
     try {
       const path = withQuery(quotaPath(this.quota.environment, this.quota.json), "dry_run=true");
       const answer = await call("PUT", path, body);
-      if (run === this.#lastDryRun && this.#isDirty) this.#report(dryRunWords(answer, this.quota.json, body.for));
+      if (run === this.#lastDryRun && this.#isDirty) this.#report(dryRunWords(answer, this.quota.json, end));
     } catch (error) {
       if (run === this.#lastDryRun) this.#report(error.message, true);
     }
   }
 
-  /** Sends a change and shows the new state. */
-  async #change(method, body, words) {
+  /** Sends a change and shows the new state. `before`: what Undo restores then. */
+  async #change(word, body, before) {
+    const hadFocus = this.element.contains(document.activeElement);
     clearTimeout(this.#timer);
     this.#lastDryRun += 1;
     this.save.disabled = this.undo.disabled = true;
     try {
-      const answer = await call(method, quotaPath(this.quota.environment, this.quota.json), body);
+      showEnvironment(await call(body ? "PUT" : "DELETE", quotaPath(this.quota.environment, this.quota.json), body));
+      const { json } = this.quota;
+      const until = json.override?.until;
+      const end = json.source === "override" ? untilWords(until) : ", as in the file";
+      this.#said = { text: `${word}: ${limitWords(json, json)}${end}.`, state: stateOf(json), until };
+      this.#before = before;
       this.#isDirty = false;
-      showEnvironment(answer);
       this.update();
-      this.#report(words());
-      this.onSaved();
-      return true;
     } catch (error) {
       this.#report(error.message, true);
-      return false;
     } finally {
       this.#showParts();
+      if (hadFocus) this.#restoreFocus();
     }
+  }
+
+  /** A button that is disabled or hidden loses the focus. */
+  #restoreFocus() {
+    restoreFocus(this.undo, this.limit, this.unlimited);
   }
 
   async #save(event) {
     event.preventDefault();
-    const body = this.#body();
-    if (!body) {
-      this.#report("Enter a limit, such as 400,000 or 400k.", true);
-      return this.limit.focus();
+    const { body, fault, field } = this.#input();
+    if (fault) {
+      this.#report(fault, true);
+      return field.focus();
     }
-    const before = this.#present();
-    const until = () => (body.for ? ` for ${body.for}` : "");
-    const isSaved = await this.#change("PUT", body, () => `Saved: ${limitWords(this.quota.json, this.quota.json)}${until()}.`);
-    if (isSaved) this.#before = before;
+    const state = stateOf(this.quota.json);
+    if (this.#typedOn !== state) {
+      this.#typedOn = state;
+      return this.#report(`${this.#changedWords()} Save again to replace it.`, true);
+    }
+    await this.#change("Saved", body, this.#present());
   }
 
-  /** The override in force as a request body; `null`: the file's value is in force. */
+  /** The override in force; `null`: the value of the file is in force. */
   #present() {
     const { json, isUnlimited } = this.quota;
     if (json.source !== "override") return null;
     const body = isUnlimited ? { limit: "unlimited" } : { limit: json.limit };
     if (!isUnlimited && json.window === "rolling") body.burst = json.burst;
     const { until, reason } = json.override ?? {};
-    if (until) body.for = `${Math.max(1, Math.ceil((Date.parse(until) - Date.now()) / 1_000))}s`;
     if (reason) body.reason = reason;
-    return body;
+    return { body, until };
   }
 
   async #undo() {
-    if (this.#isDirty) {
-      clearTimeout(this.#timer);
-      this.#lastDryRun += 1;
-      this.#isDirty = false;
-      this.update();
-      return this.#report("The typed values are discarded. The limit is unchanged.");
+    if (this.#isDirty) return this.#discard();
+    if (this.#isChangedByOthers()) {
+      const text = `${this.#changedWords()} Undo again to go back to the file.`;
+      this.#said = { text, state: stateOf(this.quota.json) };
+      this.#before = null;
+      return this.#report(text);
     }
-    const before = this.#before ?? null;
-    const words = () => `Undone: ${limitWords(this.quota.json, this.quota.json)}${before ? "" : ", as in the file"}.`;
-    if (await this.#change(before ? "PUT" : "DELETE", before ?? undefined, words)) this.#before = null;
+    const { body, until } = this.#before ?? {};
+    const length = until ? remaining(until) : undefined;
+    const isOver = length === null;
+    await this.#change("Undone", body && !isOver ? { ...body, for: length } : undefined, null);
+  }
+
+  #discard() {
+    clearTimeout(this.#timer);
+    this.#lastDryRun += 1;
+    this.#isDirty = false;
+    const text = "The typed values are discarded. The limit is unchanged.";
+    if (this.#said) this.#said.text = text;
+    this.#report(text);
+    this.update();
+    this.#restoreFocus();
   }
 }
 
-/** The result of a dry run as sentences. */
-function dryRunWords(answer, quota, isFor) {
+/** The result of a dry run as sentences. `end`: when the override would end. */
+function dryRunWords(answer, quota, end) {
   const what = limitWords(answer, quota);
-  const words = [`Not saved yet. With ${what}${isFor ? ` for ${isFor}` : ""}:`];
+  const words = [`Not saved yet. With ${what}${end}:`];
   const isUnlimited = what === "unlimited";
   if (isUnlimited) words.push("the quota counts and never refuses.");
   else if (answer.level === 0) words.push("nothing would be left now, so requests would be refused until there is room.");

@@ -2,7 +2,7 @@
 // while it is visible, and its texts and widths change in place.
 
 import { el, setAttribute, setText, setVisible } from "./dom.js";
-import { count, duration, momentInZone, number, percent, rate } from "./format.js";
+import { count, dayBefore, duration, momentInZone, number, percent, rate } from "./format.js";
 
 /** Rows drawn above and below the visible ones, so that the keyboard finds a next row. */
 const SPARE_ROWS = 6;
@@ -19,10 +19,10 @@ export function periodMs(per) {
 
 /** When the present period of a calendar quota began. */
 export function periodBegin(quota) {
-  if (quota.json.per !== "month") return quota.resetsAt - periodMs(quota.json.per);
-  const begin = new Date(quota.resetsAt);
-  begin.setUTCMonth(begin.getUTCMonth() - 1);
-  return begin.getTime();
+  const { resetsAt, zone, json: { per } } = quota;
+  // Days and months of a zone differ in length.
+  const [months, days] = { day: [0, 1], week: [0, 7], month: [1, 0] }[per] ?? [];
+  return months === undefined ? resetsAt - periodMs(per) : dayBefore(resetsAt, zone, months, days);
 }
 
 /** The two lines about the future of a quota. */
@@ -52,6 +52,7 @@ class Row {
     this.environment = el("b");
     this.name = el("span");
     this.link = el("a", {}, this.environment, " · ", this.name);
+    this.whole = el("div", { class: "two-lines" }, this.link);
     this.fold = el("button", { type: "button", class: "fold", onclick: () => onFold(this.quota.environment) });
     this.used = el("i", { class: "used" });
     this.held = el("i", { class: "held" });
@@ -62,17 +63,18 @@ class Row {
     this.share = el("b");
     this.rate = el("span");
     this.first = el("b");
+    this.shadow = el("span", { class: "mark", title: "Its quotas count and refuse nothing." }, "shadow mode");
     this.second = el("span", { class: "soft" });
     this.refused = el("span");
     const bar = el("div", { class: "meter", "aria-hidden": "true" }, this.used, this.held, this.debt, this.pace);
     const cell = (name, ...children) => el("td", { role: "cell", class: name }, ...children);
     this.element = el("tr", { role: "row" },
-      el("th", { role: "rowheader", scope: "row" }, el("div", { class: "two-lines" }, this.link)),
+      el("th", { role: "rowheader", scope: "row" }, this.whole),
       cell("fold-cell", this.fold),
       cell("use", bar, el("div", { class: "clip" }, this.amounts, this.mark)),
       cell("share number", this.share),
       cell("rate number", this.rate),
-      cell("outlook", el("div", { class: "clip" }, this.first), el("div", { class: "clip" }, this.second)),
+      cell("outlook", el("div", { class: "clip" }, this.first, this.shadow), el("div", { class: "clip" }, this.second)),
       cell("refused number", this.refused));
   }
 
@@ -83,6 +85,7 @@ class Row {
     setAttribute(this.element, "class", quota.state);
     setText(this.environment, quota.environment);
     setText(this.name, quota.label.slice(quota.environment.length + 3));
+    setAttribute(this.whole, "title", quota.label);
     setAttribute(this.link, "href", quotaLink(quota));
     setVisible(this.fold, fold !== null);
     if (fold) {
@@ -95,6 +98,7 @@ class Row {
     const [first, second] = outlook(quota, now);
     setText(this.first, first);
     setText(this.second, second);
+    setVisible(this.shadow, quota.state === "shadow");
     setText(this.refused, quota.refused > 0 ? `${number(quota.refused)} refused` : "–");
     setAttribute(this.refused, "class", quota.refused > 0 ? "alarm" : "soft");
   }

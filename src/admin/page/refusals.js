@@ -1,6 +1,6 @@
 // Refusals: the last refused requests, as they happen, and their causes.
 
-import { el, setText, setVisible } from "./dom.js";
+import { el, focusOn, setText, setVisible } from "./dom.js";
 import { count, duration, exactMoment, isOfUpstream, moment, number, ownerName, percent, quotaName } from "./format.js";
 import { live } from "./live.js";
 
@@ -37,9 +37,9 @@ function fits({ at, retry_after_ms: wait }, quota) {
 
 function row(refusal) {
   const quota = cause(refusal);
-  const cell = (title, name, ...children) => el("td", { class: name, "data-title": title }, ...children);
-  return el("tr", { class: "new" },
-    el("th", { scope: "row", class: "time" }, exactMoment(Date.parse(refusal.at))),
+  const cell = (title, name, ...children) => el("td", { role: "cell", class: name, "data-title": title }, ...children);
+  return el("tr", { role: "row", class: "new" },
+    el("th", { role: "rowheader", scope: "row" }, exactMoment(Date.parse(refusal.at))),
     cell("Quota", null, causeWords(refusal), el("div", { class: "soft" }, codeWords(refusal.code))),
     cell("Caller", null, refusal.caller ?? "–"),
     cell("Model", null, refusal.model || "–"),
@@ -83,18 +83,27 @@ class Causes {
 /** Makes the view. */
 export function refusals() {
   const rows = new Map();
-  const body = el("tbody");
+  const body = el("tbody", { role: "rowgroup" });
   const sums = new Causes();
   let shown = BATCH;
-  const filter = el("input", { type: "search", "aria-label": "Filter", placeholder: "Filter: environment, caller, model, request id", oninput: () => update("state") });
-  const more = el("button", { type: "button", onclick: () => ((shown += BATCH), update("state")) }, "Show more");
+  const filter = el("input", { type: "search", "aria-label": "Filter", placeholder: "Filter: environment, caller, model, id", oninput: () => update("state") });
+  const more = el("button", { type: "button", onclick: () => showMore() }, "Show more");
   const rest = el("p", { class: "soft" });
-  const empty = el("p", { class: "calm" }, "No request was refused since the gateway started.");
+  const empty = el("p", { class: "calm", role: "status" });
   const columns = ["Time", "Quota and reason", "Caller", "Model", "Asked", "Left", "Would fit", "Request id"];
-  const table = el("table", { class: "refusals", "aria-label": "Refusals" },
-    el("thead", {}, el("tr", {}, columns.map((title) => el("th", { scope: "col", class: ["Asked", "Left"].includes(title) ? "number" : null }, title)))), body);
+  const head = columns.map((title) => el("th", { role: "columnheader", scope: "col", class: ["Asked", "Left"].includes(title) ? "number" : null }, title));
+  // The roles hold also where the style sheet makes blocks of the rows.
+  const table = el("table", { role: "table", class: "refusals", "aria-label": "Refusals" },
+    el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, head)), body);
   const element = el("div", {}, el("div", { class: "tools" }, el("h1", {}, "Refusals"), filter),
     sums.element, el("div", { class: "wide" }, table), empty, el("div", { class: "tools" }, more, rest));
+
+  function showMore() {
+    const first = shown;
+    shown += BATCH;
+    update("state");
+    if (more.hidden) focusOn(body.children[first]);
+  }
 
   function update(what) {
     if (what === "config") return;
@@ -116,7 +125,9 @@ export function refusals() {
       else body.insertBefore(tr, place);
     }
     sums.update(live.lastDay);
-    setVisible(empty, live.isLoaded && live.refusals.length === 0);
+    setVisible(empty, live.isLoaded && all.length === 0);
+    setText(empty, live.refusals.length === 0 ? "No request was refused since the gateway started." : "No refused request matches the filter.");
+    setVisible(table, all.length > 0);
     setVisible(sums.element, live.lastDay.refusals > 0);
     setVisible(more, all.length > drawn.length);
     setText(rest, all.length > drawn.length ? `${drawn.length} of ${number(all.length)}` : "");

@@ -2,7 +2,6 @@
 
 import { call } from "./api.js";
 import { el, setText, setVisible } from "./dom.js";
-import { duration } from "./format.js";
 
 /** The form. `onSignedIn` is called when the gateway has accepted the token. */
 export function signIn(onSignedIn) {
@@ -14,13 +13,13 @@ export function signIn(onSignedIn) {
     button.disabled = true;
     setVisible(alert, false);
     try {
-      await call("POST", "/api/session", { token: token.value });
+      await call("POST", "/api/session", { token: token.value.trim() });
       token.value = "";
       onSignedIn();
     } catch (error) {
-      const wait = error.retryAfter > 0 ? ` Next attempt in ${duration(1_000 * error.retryAfter)}.` : "";
-      setText(alert, `${words(error)}${wait}`);
+      setText(alert, words(error));
       setVisible(alert, true);
+      token.focus();
       token.select();
     } finally {
       button.disabled = false;

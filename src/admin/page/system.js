@@ -1,7 +1,7 @@
 // System: the gateway itself, its config, store, Redis and upstreams; overrides in force and the audit log.
 
 import { call, get } from "./api.js";
-import { el, setText, setVisible, table } from "./dom.js";
+import { el, replaceInPlace, restoreFocus, setText, setVisible, table } from "./dom.js";
 import { count, duration, exactMoment, moment, number, ownerName, quotaName } from "./format.js";
 import { live } from "./live.js";
 
@@ -122,11 +122,11 @@ class Section {
     this.#show(JSON.stringify(json), () => this.content(json));
   }
 
-  /** Replaces the content if it has changed: a selection or a place in a list stays. */
+  /** Replaces the content if it has changed. A place in a list stays. */
   #show(key, make) {
     if (this.key === key) return;
     this.key = key;
-    this.box.replaceChildren(make());
+    replaceInPlace(this.box, [make()]);
   }
 }
 
@@ -156,14 +156,16 @@ export function system() {
 
   async function reloadConfig() {
     reload.disabled = true;
+    const now = exactMoment(Date.now());
     try {
       const { changes, warnings } = await call("POST", "/api/config/reload");
       const what = changes.length > 0 ? changes.join("; ") : "nothing has changed";
-      setText(status, `Reloaded: ${what}.${warnings.length > 0 ? ` ${count(warnings.length, "warning")}: ${warnings.join("; ")}` : ""}`);
+      setText(status, `Reloaded at ${now}: ${what}.${warnings.length > 0 ? ` ${count(warnings.length, "warning")}: ${warnings.join("; ")}` : ""}`);
     } catch (error) {
-      setText(status, error.code === "invalid_config" ? "" : error.message);
+      setText(status, error.code === "invalid_config" ? `Not reloaded at ${now}: the file has faults.` : error.message);
     } finally {
       reload.disabled = false;
+      restoreFocus(reload);
       load();
     }
   }

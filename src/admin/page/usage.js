@@ -3,8 +3,8 @@
 
 import { get } from "./api.js";
 import { burnDown, stackedColumns } from "./chart.js";
-import { el, setText, setVisible, table } from "./dom.js";
-import { clockTime, duration, kindAndPeriod, moment, momentInZone, number, percent, quotaName, short, unitOf, utcDay, utcMonth } from "./format.js";
+import { el, replaceInPlace, setText, setVisible, table } from "./dom.js";
+import { clockTime, day, duration, kindAndPeriod, moment, momentInZone, number, percent, quotaName, short, unitOf, utcDay, utcMonth } from "./format.js";
 import { live } from "./live.js";
 import { periodBegin } from "./quota_rows.js";
 
@@ -35,6 +35,12 @@ const MEASURES = {
   completion_tokens: "Completion tokens",
   requests: "Requests",
   rejected: "Refused requests",
+};
+
+/** The text of a chart without anything. */
+const NOTHING = {
+  requests: "No request was served in this time.",
+  rejected: "No request was refused in this time.",
 };
 
 /** The begins of the steps of a range, the last one being the present. */
@@ -89,7 +95,7 @@ function chartWidth(isPair) {
 function charts({ series, columns, totals }, groupBy, measure, range) {
   const name = `${MEASURES[measure]} by ${groupBy}, ${range.title.toLowerCase()}`;
   const total = totals.reduce((sum, entry) => sum + entry.total, 0);
-  if (total === 0) return [el("p", { class: "calm" }, "Nothing was spent in this time.")];
+  if (total === 0) return [el("p", { class: "calm" }, NOTHING[measure] ?? "Nothing was spent in this time.")];
   const key = el("ul", { class: "legend" }, series.map((text, n) => el("li", {}, el("i", { class: `key series-${n % 8}` }), text)));
   const filled = columns.filter(({ values }) => values.some((value) => value > 0)).reverse();
   const chart = stackedColumns({ columns, series, label: `${name}: ${number(total)} in all`, format: short, width: chartWidth(false), height: 280 });
@@ -119,7 +125,7 @@ async function burn(quota) {
     : `At the present rate ${number(Math.max(0, forecast.left))} ${unitOf(json.kind)} are left when it resets.`;
   const title = `${quota.environment} · ${quotaName(json)}`;
   const chart = burnDown({ begin, end, limit: json.limit, points, forecast, label: `What is left of ${title}: ${number(Math.max(0, left))} of ${number(json.limit)}. ${words}`, format: short,
-    width: chartWidth(true), height: 200, formatTime: (at) => (end - begin > 2 * 86_400_000 ? utcDay(at) : clockTime(at)) });
+    width: chartWidth(true), height: 200, formatTime: (at) => (end - begin > 2 * 86_400_000 ? day(at, quota.zone) : clockTime(at)) });
   return el("figure", { class: `card ${isSpent || left <= 0 ? "running-out" : ""}`, "aria-label": `Burn-down of ${title}` },
     el("figcaption", {}, title), el("p", { class: "soft" }, `${words} Resets ${momentInZone(end, quota.zone)}.`), el("div", { class: "wide" }, chart),
     table(`What is left of ${title}`, [{ title: "Moment" }, { title: `${kindAndPeriod(json)}, left`, isNumber: true }],
@@ -189,7 +195,7 @@ export function usage() {
     try {
       const { rows } = await get(`/api/usage?${query}`);
       if (own !== run || isClosed) return;
-      box.replaceChildren(...charts(sums(rows, group.value, measure.value, slots, choice.label), group.value, measure.value, choice));
+      replaceInPlace(box, charts(sums(rows, group.value, measure.value, slots, choice.label), group.value, measure.value, choice));
       setVisible(alert, false);
     } catch (error) {
       if (own !== run || isClosed) return;
@@ -200,7 +206,7 @@ export function usage() {
     const calendar = live.quotas.filter((quota) => quota.json.window === "calendar" && !quota.isUnlimited && isChosen(quota));
     const worst = calendar.sort((a, b) => a.rank - b.rank).slice(0, MAX_BURNS);
     const figures = await Promise.all(worst.map(burn));
-    if (own === run && !isClosed) burns.replaceChildren(...(figures.length > 0 ? [el("h2", {}, "Calendar quotas"), el("div", { class: "pair" }, figures)] : []));
+    if (own === run && !isClosed) replaceInPlace(burns, figures.length > 0 ? [el("h2", {}, "Calendar quotas"), el("div", { class: "pair" }, figures)] : []);
   }
 
   let names = "";
