@@ -211,11 +211,25 @@ impl Replica {
         spent: Amounts,
     ) -> Progress {
         let now = self.redis_time(own);
-        let outcome = self.local.progress(now, model, grant, spent);
+        let outcome = self.local.extend_if_outgrown(now, model, grant, spent, None);
+        self.mark_spent(now, grant, spent);
+        outcome
+    }
+
+    /// Moves amounts of a grant from held to spent. While online, the mirrored quotas change with the reply of Redis.
+    /// Until then, only the journal contains the amounts: if Redis loses its data, this node sends the states of the
+    /// quotas, and then the journal.
+    fn mark_spent(&mut self, now: Timestamp, grant: &mut Grant, spent: Amounts) {
+        if self.is_offline() {
+            self.local.mark_spent(now, grant, spent);
+        } else {
+            grant.mark_receipts(spent, |receipt, left| {
+                receipt.mark_spent(left);
+            });
+        }
         if let Some(id) = grant.id {
             self.record_progress(id, &grant.receipts, spent);
         }
-        outcome
     }
 
     fn record_progress(&mut self, id: u64, receipts: &[Receipt], spent: Amounts) {
