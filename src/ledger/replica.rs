@@ -92,12 +92,14 @@ pub(super) struct Replica {
 struct Offline {
     /// The setting by which the node's counters were made.
     on_failure: OnStoreFailure,
+    /// The number of nodes by which limits and levels were divided.
+    nodes: u64,
     /// The shared quotas as they were before the loss.
     before: Quotas,
     /// This node's share, as if it had spent nothing offline and with its usage. The resync sends the difference.
     unspent: Quotas,
     spent: Quotas,
-    /// The usage since the loss that the journal has already, because `on_failure` has changed.
+    /// The usage since the loss that the journal has already, because `on_failure` has changed or an override has ended.
     recorded: Vec<OfflineUsage>,
 }
 
@@ -111,7 +113,8 @@ impl Replica {
         let lease = config.leases.then(|| Lease::new(quotas.len()));
         let own = &local.quotas;
         let (before, unspent, spent) = (own.clone(), own.clone(), own.clone());
-        let offline = Offline { on_failure: config.on_failure, before, unspent, spent, recorded: Vec::new() };
+        let (on_failure, recorded) = (config.on_failure, Vec::new());
+        let offline = Offline { on_failure, nodes: 1, before, unspent, spent, recorded };
         Self {
             local,
             config,

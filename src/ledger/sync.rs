@@ -141,7 +141,11 @@ impl RedisSync {
     /// Runs `access` on the replica, under the account's lock.
     pub(super) fn with_replica<T>(&self, access: impl FnOnce(&mut Replica) -> T) -> T {
         // A panic elsewhere cannot leave the replica half changed: amounts are checked before anything changes.
-        access(&mut self.replica.lock().unwrap_or_else(PoisonError::into_inner))
+        let mut replica = self.replica.lock().unwrap_or_else(PoisonError::into_inner);
+        if replica.is_offline() {
+            replica.end_overrides(clock::now());
+        }
+        access(&mut replica)
     }
 
     pub(super) fn status(&self) -> RedisStatus {

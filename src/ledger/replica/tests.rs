@@ -172,6 +172,63 @@ fn another_on_failure_applies_at_once_also_without_redis() {
     assert_eq!(steps.sum::<u64>(), 5 * REQUEST.cast_unsigned());
 }
 
+/// Sets the states of the quotas as Redis reports them. `enforce_until`: until then Redis has shadow mode.
+fn heartbeat(
+    replica: &mut Replica,
+    limit: u64,
+    mark: OverrideMark,
+    enforce_until: Timestamp,
+) -> Option<bool> {
+    let quota = replica.local.overrides.configured()[0].with_limit(limit, limit);
+    let state = Quotas::new(&[quota], NOW).states(NOW).remove(0);
+    replica.on_heartbeat(NOW, &done(&[2, 0, 1, 1, enforce_until.0], vec![(state, mark)]))
+}
+
+fn limit_and_level(replica: &mut Replica) -> (u64, i64) {
+    let level = replica.local.levels(NOW).remove(0);
+    (level.quota.limit, level.level)
+}
+
+#[test]
+fn overrides_end_without_redis_and_the_usage_before_is_reported() {
+    let mut replica = replica();
+    let end = NOW.plus_ms(1);
+    heartbeat(&mut replica, 100_000, OverrideMark::Until(end), end).unwrap();
+    replica.go_offline(NOW);
+    let spent = Amounts::of_request(10, 90);
+    for _ in 0..30 {
+        let grant = admitted_offline(&mut replica);
+        replica.settle(NOW, subject(), grant, Settlement { spent, is_complete: true });
+    }
+    replica.end_overrides(NOW);
+    assert_eq!(limit_and_level(&mut replica), (50_000, 47_000));
+    assert!(!replica.is_enforcing());
+    replica.end_overrides(end);
+    assert_eq!(limit_and_level(&mut replica), (500, 0), "the share of one of two nodes, and no debt");
+    assert!(replica.is_enforcing());
+    assert!(replica.admit_offline(end, &demand()).is_err());
+    let set = replica.local.overrides.set();
+    assert!(set.limits.is_empty() && set.enforce.is_none());
+    // A server that has lost its data gets the limits of the config.
+    let join = begin_resync(&mut replica);
+    let whole = join.arguments.iter().filter(|word| *word == "1000").count();
+    assert_eq!(whole, 5, "limit and burst in force, limit and burst of the config, and level: {join:?}");
+    let steps = replica.journal.entries.iter().map(|entry| entry.step.amounts.total);
+    assert_eq!(steps.sum::<u64>(), 3_000);
+}
+
+#[test]
+fn an_override_that_ends_without_redis_changes_no_other_limit() {
+    let mut replica = replica();
+    let end = NOW.plus_ms(1);
+    // Another node has a newer config, with 2,000 tokens.
+    heartbeat(&mut replica, 2_000, OverrideMark::None, end).unwrap();
+    replica.go_offline(NOW);
+    replica.end_overrides(end);
+    assert!(replica.is_enforcing());
+    assert_eq!(limit_and_level(&mut replica), (1_000, 1_000));
+}
+
 #[test]
 fn a_request_denied_by_redis_holds_nothing_even_if_this_node_would_admit_it() {
     let mut replica = replica();
