@@ -36,7 +36,8 @@ const MAX_BACKLOG: usize = 10_000;
 pub(super) struct ReplicaConfig {
     /// What happens to requests while Redis is unavailable.
     pub(super) on_failure: OnStoreFailure,
-    /// When the config was written. If nodes have different limits, those of the newest config are in force.
+    /// When the config was written. If nodes have different limits, those of the newest config of the nodes alive are in
+    /// force.
     pub(super) stamp: u64,
     /// Redis ignores a call that it runs later than this after the call was sent (ms), because the request no longer
     /// waits for the reply.
@@ -58,7 +59,9 @@ pub(super) struct Replica {
     resyncing: Option<Quotas>,
     /// How often this node has lost Redis. It ignores replies to calls that it sent before the last loss.
     losses: u64,
-    has_joined_before: bool,
+    /// When this node joined for the first time, on Redis's clock (ms); 0: it has not joined. Among equally old configs,
+    /// that of the node that joined last is the newest.
+    first_joined: u64,
     /// The data set in Redis at the last join; 0 before the first one. Data that Redis restores has another number.
     data_set: u64,
     /// When the last reply of Redis arrived, on this node's clock.
@@ -76,6 +79,8 @@ pub(super) struct Replica {
     counted: HashMap<u32, (u64, u64)>,
     /// Quotas in Redis have other limits than in this node's config.
     limits_differ: bool,
+    /// This node has the newest config of the nodes alive, and Redis has the limits of a node that has gone.
+    must_send_limits: bool,
     /// Redis's clock minus this node's clock (ms).
     clock_offset_ms: i64,
     next_id: u64,
@@ -122,7 +127,7 @@ impl Replica {
             offline: Some(Box::new(offline)),
             resyncing: None,
             losses: 0,
-            has_joined_before: false,
+            first_joined: 0,
             data_set: 0,
             last_reply: now,
             redis_had_session: false,
@@ -132,6 +137,7 @@ impl Replica {
             overrides_known: 0,
             counted: HashMap::new(),
             limits_differ: false,
+            must_send_limits: false,
             clock_offset_ms: 0,
             next_id: 1,
             tracked: HashMap::new(),

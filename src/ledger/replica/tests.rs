@@ -61,7 +61,7 @@ fn confirm_all_held(replica: &mut Replica) -> Vec<(String, u64)> {
 /// Joins and begins the resync. Returns the join command.
 fn begin_resync(replica: &mut Replica) -> ScriptCommand {
     let join = replica.join_command(NOW);
-    let applied = replica.journal.sent(0).acknowledged.cast_signed();
+    let applied = replica.journal.sent(0, 0).acknowledged.cast_signed();
     replica.on_join(NOW, &done(&[0, 0, 1, 0, applied], Vec::new())).unwrap();
     confirm_all_held(replica);
     replica.begin_resync(NOW);
@@ -227,6 +227,26 @@ fn an_override_that_ends_without_redis_changes_no_other_limit() {
     replica.end_overrides(end);
     assert!(replica.is_enforcing());
     assert_eq!(limit_and_level(&mut replica), (1_000, 1_000));
+}
+
+#[test]
+fn a_node_sends_its_limits_when_redis_asks_for_them() {
+    let mut replica = replica();
+    let states = states(&mut replica);
+    let other = replica.local.overrides.configured()[0].with_limit(2_000, 2_000);
+    let differing = vec![(Quotas::new(&[other], NOW).states(NOW).remove(0), OverrideMark::None)];
+    let beat = |replica: &mut Replica, asks: i64, states: &[(CounterState, OverrideMark)]| {
+        replica.on_heartbeat(NOW, &done(&[1, 0, 0, 0, 0, asks], states.to_vec()))
+    };
+    assert_eq!(beat(&mut replica, 1, &differing), Some(false), "they do not differ for long");
+    let settings = replica.settings_to_send().unwrap();
+    assert_eq!((settings.stamp, settings.quotas), (1, replica.local.overrides.configured().to_vec()));
+    assert_eq!(replica.settings_to_send(), None);
+    for _ in 0..2 {
+        assert_eq!(beat(&mut replica, 0, &differing), Some(true), "another node has a newer config");
+        assert_eq!(beat(&mut replica, 0, &differing), Some(false), "it is known");
+        assert_eq!(beat(&mut replica, 0, &states), Some(false));
+    }
 }
 
 #[test]
@@ -430,9 +450,9 @@ fn the_journal_keeps_a_bounded_number_of_acknowledged_steps() {
     for n in 0..30_000 {
         push(&mut journal);
         journal.acknowledge(1);
-        assert!(journal.sent(0).acknowledged == n + 1 && journal.sent(0).oldest >= 1);
+        assert!(journal.sent(0, 0).acknowledged == n + 1 && journal.sent(0, 0).oldest >= 1);
     }
-    let oldest = journal.sent(0).oldest;
+    let oldest = journal.sent(0, 0).oldest;
     assert_eq!(oldest, 10_001);
     assert_eq!(journal.rewind(5), 20_000, "older steps are lost");
     assert_eq!((journal.first, journal.entries.len()), (oldest, 20_000));
