@@ -304,7 +304,8 @@ pub(super) async fn patch(
         Err(refusal) => return *refusal,
     };
     let reason = terms.reason.clone();
-    let change = enforce.map(|enforce| EnforceOverride { enforce, origin: origin(actor, terms, account.now()) });
+    let change =
+        enforce.map(|enforce| EnforceOverride { enforce, origin: origin(actor, terms, account.now()) });
     let before = json!({ "enforce": account.is_enforcing() });
     let result = account.set_enforce(change).await;
     let action = Action {
@@ -338,9 +339,10 @@ fn invalid(message: &str) -> Box<Response> {
 async fn failed(admin: &Admin, actor: Actor, fault: ChangeFault, action: Action) -> Box<Response> {
     let is_shared = admin.state.current().config.store.redis.is_some();
     let (code, message) = match fault {
-        ChangeFault::Unavailable if !is_shared => {
-            ("shutting_down", "Nothing was changed, because a new process is replacing this one. Try again at once.")
-        }
+        ChangeFault::Unavailable if !is_shared => (
+            "shutting_down",
+            "Nothing was changed, because a new process is replacing this one. Try again at once.",
+        ),
         ChangeFault::Unavailable => (
             "quota_store_unavailable",
             "Nothing was changed, because the counters are shared and Redis is unavailable. Try again when /readyz no longer says that Redis is unavailable.",

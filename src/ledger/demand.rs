@@ -256,6 +256,15 @@ impl Grant {
         self.progress_threshold
     }
 
+    /// Passes each receipt to `mark`, with the part of `spent` that the receipts before it do not cover.
+    pub(super) fn mark_receipts(&mut self, spent: Amounts, mut mark: impl FnMut(&mut Receipt, Amounts)) {
+        let mut left = spent;
+        for receipt in &mut self.receipts {
+            mark(receipt, left);
+            left = left.saturating_sub(receipt.reserved());
+        }
+    }
+
     /// Splits `spent` over the receipts and passes each receipt with its part to `settle`. A receipt pays at most
     /// what it holds. The last receipt also pays the rest.
     pub(super) fn settle_receipts(&mut self, spent: Amounts, mut settle: impl FnMut(Receipt, Amounts)) {

@@ -152,9 +152,14 @@ impl Overrides {
         self.end_due(now);
     }
 
+    /// Whether an override has ended.
+    pub(super) fn is_due(&self, now: Timestamp) -> bool {
+        now >= self.next_end
+    }
+
     /// Removes the overrides that have ended. Returns whether there were any.
     pub(super) fn end_due(&mut self, now: Timestamp) -> bool {
-        if now < self.next_end {
+        if !self.is_due(now) {
             return false;
         }
         self.set.limits.retain(|other| !other.origin.has_ended(now));

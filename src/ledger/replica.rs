@@ -36,7 +36,8 @@ const MAX_BACKLOG: usize = 10_000;
 pub(super) struct ReplicaConfig {
     /// What happens to requests while Redis is unavailable.
     pub(super) on_failure: OnStoreFailure,
-    /// When the config was written. If nodes have different limits, those of the newest config are in force.
+    /// When the config was written. If nodes have different limits, those of the newest config of the nodes alive are in
+    /// force.
     pub(super) stamp: u64,
     /// Redis ignores a call that it runs later than this after the call was sent (ms), because the request no longer
     /// waits for the reply.
@@ -58,7 +59,9 @@ pub(super) struct Replica {
     resyncing: Option<Quotas>,
     /// How often this node has lost Redis. It ignores replies to calls that it sent before the last loss.
     losses: u64,
-    has_joined_before: bool,
+    /// When this node joined for the first time, on Redis's clock (ms); 0: it has not joined. Among equally old configs,
+    /// that of the node that joined last is the newest.
+    first_joined: u64,
     /// The data set in Redis at the last join; 0 before the first one. Data that Redis restores has another number.
     data_set: u64,
     /// When the last reply of Redis arrived, on this node's clock.
@@ -76,6 +79,8 @@ pub(super) struct Replica {
     counted: HashMap<u32, (u64, u64)>,
     /// Quotas in Redis have other limits than in this node's config.
     limits_differ: bool,
+    /// This node has the newest config of the nodes alive, and Redis has the limits of a node that has gone.
+    must_send_limits: bool,
     /// Redis's clock minus this node's clock (ms).
     clock_offset_ms: i64,
     next_id: u64,
@@ -92,12 +97,14 @@ pub(super) struct Replica {
 struct Offline {
     /// The setting by which the node's counters were made.
     on_failure: OnStoreFailure,
+    /// The number of nodes by which limits and levels were divided.
+    nodes: u64,
     /// The shared quotas as they were before the loss.
     before: Quotas,
     /// This node's share, as if it had spent nothing offline and with its usage. The resync sends the difference.
     unspent: Quotas,
     spent: Quotas,
-    /// The usage since the loss that the journal has already, because `on_failure` has changed.
+    /// The usage since the loss that the journal has already, because `on_failure` has changed or an override has ended.
     recorded: Vec<OfflineUsage>,
 }
 
@@ -111,7 +118,8 @@ impl Replica {
         let lease = config.leases.then(|| Lease::new(quotas.len()));
         let own = &local.quotas;
         let (before, unspent, spent) = (own.clone(), own.clone(), own.clone());
-        let offline = Offline { on_failure: config.on_failure, before, unspent, spent, recorded: Vec::new() };
+        let (on_failure, recorded) = (config.on_failure, Vec::new());
+        let offline = Offline { on_failure, nodes: 1, before, unspent, spent, recorded };
         Self {
             local,
             config,
@@ -119,7 +127,7 @@ impl Replica {
             offline: Some(Box::new(offline)),
             resyncing: None,
             losses: 0,
-            has_joined_before: false,
+            first_joined: 0,
             data_set: 0,
             last_reply: now,
             redis_had_session: false,
@@ -129,6 +137,7 @@ impl Replica {
             overrides_known: 0,
             counted: HashMap::new(),
             limits_differ: false,
+            must_send_limits: false,
             clock_offset_ms: 0,
             next_id: 1,
             tracked: HashMap::new(),
@@ -211,11 +220,25 @@ impl Replica {
         spent: Amounts,
     ) -> Progress {
         let now = self.redis_time(own);
-        let outcome = self.local.progress(now, model, grant, spent);
+        let outcome = self.local.extend_if_outgrown(now, model, grant, spent, None);
+        self.mark_spent(now, grant, spent);
+        outcome
+    }
+
+    /// Moves amounts of a grant from held to spent. While online, the mirrored quotas change with the reply of Redis.
+    /// Until then, only the journal contains the amounts: if Redis loses its data, this node sends the states of the
+    /// quotas, and then the journal.
+    fn mark_spent(&mut self, now: Timestamp, grant: &mut Grant, spent: Amounts) {
+        if self.is_offline() {
+            self.local.mark_spent(now, grant, spent);
+        } else {
+            grant.mark_receipts(spent, |receipt, left| {
+                receipt.mark_spent(left);
+            });
+        }
         if let Some(id) = grant.id {
             self.record_progress(id, &grant.receipts, spent);
         }
-        outcome
     }
 
     fn record_progress(&mut self, id: u64, receipts: &[Receipt], spent: Amounts) {

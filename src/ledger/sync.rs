@@ -141,7 +141,11 @@ impl RedisSync {
     /// Runs `access` on the replica, under the account's lock.
     pub(super) fn with_replica<T>(&self, access: impl FnOnce(&mut Replica) -> T) -> T {
         // A panic elsewhere cannot leave the replica half changed: amounts are checked before anything changes.
-        access(&mut self.replica.lock().unwrap_or_else(PoisonError::into_inner))
+        let mut replica = self.replica.lock().unwrap_or_else(PoisonError::into_inner);
+        if replica.is_offline() {
+            replica.end_overrides(clock::now());
+        }
+        access(&mut replica)
     }
 
     pub(super) fn status(&self) -> RedisStatus {
@@ -289,7 +293,10 @@ impl RedisSync {
 
     /// Runs a command of an administrator. `false`: there is no command to run. If a calendar period ends before
     /// Redis runs the command, the command is built again.
-    async fn run(&self, command: impl Fn(&mut Replica) -> Option<ScriptCommand>) -> Result<bool, ChangeFault> {
+    async fn run(
+        &self,
+        command: impl Fn(&mut Replica) -> Option<ScriptCommand>,
+    ) -> Result<bool, ChangeFault> {
         for _ in 0..MAX_ATTEMPTS {
             let Some(command) = self.with_replica(&command) else { return Ok(false) };
             let generation = self.generation.load(Ordering::Relaxed);

@@ -39,6 +39,13 @@ impl Receipt {
         self.marked_spent
     }
 
+    /// Marks reserved amounts as spent. `spent` is the sum so far. Returns the increase. The counters stay as they are.
+    pub fn mark_spent(&mut self, spent: Amounts) -> Amounts {
+        let more = spent.min(self.reserved).saturating_sub(self.marked_spent);
+        self.marked_spent = self.marked_spent.saturating_add(more);
+        more
+    }
+
     /// The quotas in which the request holds amounts: their index at admission, and the period that admitted the request.
     pub fn holds(&self) -> impl Iterator<Item = (u32, u64)> {
         self.limited_holds().iter().map(|hold| (hold.index, hold.period_id))

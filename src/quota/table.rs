@@ -311,12 +311,10 @@ impl Quotas {
     /// Marks amounts of a reservation as spent while the answer is streaming. They refill from now on, so that one
     /// long answer does not block a bucket until its end. `spent` is the sum so far, not the increase.
     pub fn progress(&mut self, now: Timestamp, receipt: &mut Receipt, spent: Amounts) {
-        let spent = spent.min(receipt.reserved);
-        let more = spent.saturating_sub(receipt.marked_spent);
+        let more = receipt.mark_spent(spent);
         if more == Amounts::default() {
             return;
         }
-        receipt.marked_spent = receipt.marked_spent.saturating_add(more);
         for hold in receipt.limited_holds() {
             let Some(index) = self.index_of(hold) else { continue };
             let cell = &mut self.cells[index];

@@ -106,7 +106,7 @@ pub struct HeldReservation {
     pub pieces: Vec<Piece>,
 }
 
-/// The steps that a session has sent before it joins again.
+/// What a session that joins again has done before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SentSteps {
     /// The number of the oldest step that the node can repeat.
@@ -115,12 +115,14 @@ pub struct SentSteps {
     pub acknowledged: u64,
     /// The data set in Redis at the last join. 0: none.
     pub data_set: u64,
+    /// When the session joined for the first time, on Redis's clock (ms). 0: now.
+    pub first_joined: u64,
 }
 
 impl Default for SentSteps {
     /// No step was sent.
     fn default() -> Self {
-        Self { oldest: 1, acknowledged: 0, data_set: 0 }
+        Self { oldest: 1, acknowledged: 0, data_set: 0, first_joined: 0 }
     }
 }
 
@@ -232,11 +234,11 @@ impl CommandBuilder {
     }
 
     /// Joins with a config written at `stamp`. The script creates missing cells with these states. For the others, the limits of
-    /// the newest config are in force. `enforce`: the override that Redis adopts if it has no data. `sent`: the session has joined before, so that its states can restore lost data.
+    /// the newest config of the nodes alive are in force; among equally old ones, those of the session that joined last. `enforce`: the override that Redis adopts if it has no data. `sent`: the session has joined before, so that its states can restore lost data.
     ///
     /// Values of the reply:
     /// 1. the number of created cells,
-    /// 2. the number of cells with other limits than the node's,
+    /// 2. the number of cells that have other limits in this node's config than in those of other nodes,
     /// 3. 1 if Redis still had this session,
     /// 4. the milliseconds to wait for other nodes that restore lost data,
     /// 5. the number of the last step that Redis has applied,
@@ -251,8 +253,10 @@ impl CommandBuilder {
         let mut command = self.begin_expiring("join", 6);
         command.push_int(stamp);
         command.push_int(u64::from(sent.is_some()));
-        let SentSteps { oldest, acknowledged, data_set } = sent.unwrap_or_default();
-        [oldest, acknowledged, data_set].into_iter().for_each(|number| command.push_int(number));
+        let SentSteps { oldest, acknowledged, data_set, first_joined } = sent.unwrap_or_default();
+        [oldest, acknowledged, data_set, first_joined]
+            .into_iter()
+            .for_each(|number| command.push_int(number));
         EnforceMark::numbers(enforce).into_iter().for_each(|number| command.push_int(number));
         command.push_int(self.cells.quotas().len() as u64);
         for (index, (quota, (state, mark))) in self.cells.quotas().iter().zip(states).enumerate() {
@@ -409,9 +413,10 @@ impl CommandBuilder {
     }
 
     /// Renews the session. On the wire this command is `beat`. Values of the reply: nodes alive, requests in flight,
-    /// the version of the overrides, and the two numbers of [`EnforceMark`]. The reply has the states of all cells.
+    /// the version of the overrides, the two numbers of [`EnforceMark`], and 1 if the node must join again so that the
+    /// limits of its config apply. The reply has the states of all cells.
     pub fn heartbeat(&mut self) -> ScriptCommand {
-        let mut command = self.begin("beat", 5);
+        let mut command = self.begin("beat", 6);
         let all: Vec<u32> = (0..).take(self.cells.quotas().len()).collect();
         self.add_cells(&mut command, &all);
         command

@@ -1,7 +1,7 @@
 //! What all sockets of one listener share: its bounds, its protocols and its certificate. A reload changes them.
 
-use super::event_count::EventCount;
 use super::certificate::Certificate;
+use super::event_count::EventCount;
 use super::limits::{ConnectionBounds, ConnectionLimits};
 use super::peer::CallerTimeouts;
 use std::sync::{Arc, Mutex, PoisonError};

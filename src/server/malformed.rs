@@ -58,7 +58,8 @@ mod tests {
     #[test]
     fn only_answers_that_hyper_made_are_replaced() {
         let from_hyper = "HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\ndate: now\r\n\r\n";
-        let replacement = String::from_utf8(encode(&replacement_for(from_hyper.as_bytes(), None).unwrap())).unwrap();
+        let replacement =
+            String::from_utf8(encode(&replacement_for(from_hyper.as_bytes(), None).unwrap())).unwrap();
         assert!(replacement.starts_with("HTTP/1.1 431 Request Header Fields Too Large\r\n"), "{replacement}");
         assert!(replacement.contains("\r\nconnection: close\r\n"), "{replacement}");
         assert!(replacement.ends_with("}}"), "{replacement}");

@@ -67,9 +67,8 @@ impl ParsedHead<'_> {
     }
 
     fn check_http2(self) -> Result<(), HeadFault> {
-        let size = |(name, value): (&HeaderName, &HeaderValue)| {
-            name.as_str().len() + value.len() + HEADER_OVERHEAD
-        };
+        let size =
+            |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len() + HEADER_OVERHEAD;
         if self.headers.iter().map(size).sum::<usize>() > MAX_HEAD_BYTES {
             return Err(HeadFault::TooLarge);
         }

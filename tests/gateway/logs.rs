@@ -268,7 +268,11 @@ async fn refused_heads_and_floods_are_logged_at_most_once_a_second_with_their_nu
     let line = gateway.line_with("their callers sent too many").await;
     assert!(line.contains(r#""connections":1,"address":"127.0.0.1""#), "{line}");
     let refused = gateway.stop().await;
-    assert_eq!(refused.iter().filter(|line| line.contains("because of their head")).count(), 1, "{refused:#?}");
+    assert_eq!(
+        refused.iter().filter(|line| line.contains("because of their head")).count(),
+        1,
+        "{refused:#?}"
+    );
 }
 
 #[tokio::test]

@@ -403,3 +403,36 @@ async fn overrides_and_unlimited_amounts_are_the_same_at_all_nodes_within_a_seco
     })
     .await;
 }
+
+#[tokio::test]
+async fn overrides_end_on_every_node_while_redis_is_unavailable() {
+    let mut redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 12)).await;
+    let quotas = "{ total_tokens: { limit: 1000, per: hour } }";
+    let nodes = Nodes::start(&redis, &upstream, 2, quotas, "").await;
+    admin(&nodes[0], "PUT", TOTAL, r#"{"limit": 100000, "for": "3s"}"#).await;
+    admin(&nodes[0], "PATCH", ENVIRONMENT, r#"{"enforce": false, "for": "3s"}"#).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    redis.kill();
+    let state = async |node: &Gateway| {
+        let environment = node.environment().await;
+        let total = quota(&environment, "total_tokens");
+        (total["limit"].as_u64().unwrap(), environment["enforce"].as_bool().unwrap())
+    };
+    for node in nodes.iter() {
+        let is_offline = async { while state(node).await.0 != 50_000 {} };
+        soon("a node to count alone", is_offline).await;
+        assert!(!state(node).await.1);
+    }
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    for node in nodes.iter() {
+        assert_eq!(state(node).await, (500, true), "the share of one of two nodes");
+        let shown = node.admin_get("/api/overrides").await.json();
+        assert_eq!(shown, json!({"overrides": [], "enforce": []}));
+        let metrics = node.admin_get("/metrics").await;
+        let active = metrics.text();
+        let mut active = active.lines().filter(|line| line.starts_with("tollgate_override_active{"));
+        assert!(active.all(|line| line.ends_with(" 0")));
+        assert_eq!(node.chat(&hello(r#""max_tokens":600"#)).await.status, 400, "more than the share");
+    }
+}

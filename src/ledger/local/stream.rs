@@ -23,18 +23,8 @@ impl Local {
         spent: Amounts,
         mut upstream: Option<(&mut Self, &mut Grant)>,
     ) -> Progress {
-        let mut outcome = Progress::Within;
-        if spent.completion > grant.reserved.completion && self.is_reserving() {
-            self.learn_partial(model, grant, spent.completion);
-            let missing = spent.completion - grant.reserved.completion;
-            let of_upstream = upstream.as_mut().map(|(counters, grant)| (&mut **counters, &mut **grant));
-            outcome = self.extend(now, grant, missing, of_upstream);
-            // Debt grows in steps too, and so does an answer that is longer than its request allows. Otherwise every event
-            // of a stream would call this function.
-            let is_beyond_cap = grant.reserved.completion > grant.cap;
-            let step = if outcome == Progress::Overrun || is_beyond_cap { MIN_EXTENSION } else { 0 };
-            grant.progress_threshold = grant.reserved.completion.saturating_add(step);
-        }
+        let of_upstream = upstream.as_mut().map(|(counters, grant)| (&mut **counters, &mut **grant));
+        let outcome = self.extend_if_outgrown(now, model, grant, spent, of_upstream);
         self.mark_spent(now, grant, spent);
         if let Some((counters, grant)) = upstream {
             counters.mark_spent(now, grant, spent);
@@ -42,13 +32,32 @@ impl Local {
         outcome
     }
 
-    /// Moves amounts of a grant from held to spent.
-    fn mark_spent(&mut self, now: Timestamp, grant: &mut Grant, spent: Amounts) {
-        let mut left = spent;
-        for receipt in &mut grant.receipts {
-            self.quotas.progress(now, receipt, left);
-            left = left.saturating_sub(receipt.reserved());
+    /// The part of `progress_at` that extends the reservation of a stream that has outgrown it.
+    pub(in crate::ledger) fn extend_if_outgrown(
+        &mut self,
+        now: Timestamp,
+        model: &str,
+        grant: &mut Grant,
+        spent: Amounts,
+        upstream: Option<(&mut Self, &mut Grant)>,
+    ) -> Progress {
+        let mut outcome = Progress::Within;
+        if spent.completion > grant.reserved.completion && self.is_reserving() {
+            self.learn_partial(model, grant, spent.completion);
+            let missing = spent.completion - grant.reserved.completion;
+            outcome = self.extend(now, grant, missing, upstream);
+            // Debt grows in steps too, and so does an answer that is longer than its request allows. Otherwise every event
+            // of a stream would call this function.
+            let is_beyond_cap = grant.reserved.completion > grant.cap;
+            let step = if outcome == Progress::Overrun || is_beyond_cap { MIN_EXTENSION } else { 0 };
+            grant.progress_threshold = grant.reserved.completion.saturating_add(step);
         }
+        outcome
+    }
+
+    /// Moves amounts of a grant from held to spent.
+    pub(in crate::ledger) fn mark_spent(&mut self, now: Timestamp, grant: &mut Grant, spent: Amounts) {
+        grant.mark_receipts(spent, |receipt, left| self.quotas.progress(now, receipt, left));
     }
 
     /// Reserves a full extension, or only the missing tokens, or takes the missing tokens as debt: in all quotas of the

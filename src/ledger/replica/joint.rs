@@ -281,12 +281,10 @@ impl Replica {
         (upstream, part): (&mut Self, &mut Grant),
     ) -> Progress {
         let now = self.redis_time(own);
-        let outcome = self.local.progress_at(now, model, grant, spent, Some((&mut upstream.local, part)));
-        for (replica, grant) in [(&mut *self, grant), (upstream, part)] {
-            if let Some(id) = grant.id {
-                replica.record_progress(id, &grant.receipts, spent);
-            }
-        }
+        let of_upstream = Some((&mut upstream.local, &mut *part));
+        let outcome = self.local.extend_if_outgrown(now, model, grant, spent, of_upstream);
+        self.mark_spent(now, grant, spent);
+        upstream.mark_spent(now, part, spent);
         outcome
     }
 }

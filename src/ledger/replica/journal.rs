@@ -119,9 +119,9 @@ impl Journal {
     }
 
     /// The steps sent so far.
-    pub(super) fn sent(&self, data_set: u64) -> SentSteps {
+    pub(super) fn sent(&self, data_set: u64, first_joined: u64) -> SentSteps {
         let oldest = self.first - self.acknowledged.len() as u64;
-        SentSteps { oldest, acknowledged: self.first - 1, data_set }
+        SentSteps { oldest, acknowledged: self.first - 1, data_set, first_joined }
     }
 
     /// Forgets the acknowledged steps.

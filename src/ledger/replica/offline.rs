@@ -38,7 +38,7 @@ impl Replica {
             OnStoreFailure::Closed => {}
         }
         let spent = unspent.clone();
-        self.offline = Some(Box::new(Offline { on_failure, before, unspent, spent, recorded }));
+        self.offline = Some(Box::new(Offline { on_failure, nodes, before, unspent, spent, recorded }));
     }
 
     /// Sets `store.redis.on_failure`. It applies at once, also without Redis.
@@ -50,7 +50,7 @@ impl Replica {
             on_failure != OnStoreFailure::Closed && offline.on_failure != on_failure
         };
         let Some(offline) = self.offline.take_if(needs_counters) else { return };
-        let Offline { on_failure: counted_by, mut before, mut unspent, mut spent, recorded } = *offline;
+        let Offline { on_failure: counted_by, mut before, mut unspent, mut spent, recorded, .. } = *offline;
         let usage = offline_usage(unspent.states(now), spent.states(now));
         self.record_offline_usage(&usage);
         let usage = sum(usage, &recorded);
@@ -80,6 +80,30 @@ impl Replica {
             usage.iter().any(|usage| usage.amount > 0)
         });
         has_offline_usage || !self.journal.entries.is_empty()
+    }
+
+    /// Without Redis, puts the config in force again where an override has ended. Used amounts stay.
+    pub(in crate::ledger) fn end_overrides(&mut self, own: Timestamp) {
+        let now = self.redis_time(own);
+        let Some(offline) = self.offline.as_mut().filter(|_| self.local.overrides.is_due(now)) else {
+            return;
+        };
+        let before = self.local.overrides.set().clone();
+        self.local.overrides.end_due(now);
+        let overrides = &self.local.overrides;
+        // Other quotas keep their limits, which may be those of another node's config.
+        let has_ended = |quota: &Quota| before.of(quota).is_some() && overrides.set().of(quota).is_none();
+        let ended: Vec<Option<&Quota>> =
+            overrides.configured().iter().map(|quota| Some(quota).filter(|quota| has_ended(quota))).collect();
+        // A lower limit forgives debt. Redis gets the whole usage.
+        let usage = offline_usage(offline.unspent.states(now), offline.spent.states(now));
+        restore_limits(&mut offline.before, &ended, 1, now);
+        restore_limits(&mut offline.unspent, &ended, offline.nodes, now);
+        restore_limits(&mut self.local.quotas, &ended, offline.nodes, now);
+        offline.spent = offline.unspent.clone();
+        offline.recorded = sum(usage.clone(), &offline.recorded);
+        self.local.apply_enforce();
+        self.record_offline_usage(&usage);
     }
 
     /// Takes the amounts that this node has spent without Redis from its counters.
@@ -133,6 +157,18 @@ impl Replica {
             self.journal.push(self.commands.offline_usage_step(index, amount, turn));
         }
     }
+}
+
+/// Gives the quotas their share of these limits. `None`: the limit stays.
+fn restore_limits(quotas: &mut Quotas, limits: &[Option<&Quota>], nodes: u64, now: Timestamp) {
+    let share = |quota: &Quota| {
+        let nodes = if quota.is_unlimited() { 1 } else { nodes };
+        quota.with_limit(quota.limit / nodes, quota.capacity() / nodes)
+    };
+    let with_limit =
+        |((quota, _), limit): ((&Quota, bool), Option<&Quota>)| limit.map_or_else(|| quota.clone(), share);
+    let all: Vec<Quota> = quotas.cells().zip(limits.iter().copied()).map(with_limit).collect();
+    quotas.set_limits(&all, now);
 }
 
 /// What a node has spent of one quota while it was offline.

@@ -36,7 +36,22 @@ impl Replica {
         let mut commands = self.commands.clone();
         commands.set_cells(Cells::new(&quotas, now));
         let enforce = self.enforce_mark();
-        commands.join(settings.stamp, Some(self.journal.sent(self.data_set)), &states, enforce)
+        commands.join(
+            settings.stamp,
+            Some(self.journal.sent(self.data_set, self.first_joined)),
+            &states,
+            enforce,
+        )
+    }
+
+    /// The config in force, if Redis has the limits of a node that has gone and needs those of this node.
+    pub(in crate::ledger) fn settings_to_send(&mut self) -> Option<ReplicaSettings> {
+        let quotas = || self.local.overrides.active().map(|(_, quota)| quota.clone()).collect();
+        std::mem::take(&mut self.must_send_limits).then(|| ReplicaSettings {
+            stamp: self.config.stamp,
+            leases: self.config.leases,
+            quotas: quotas(),
+        })
     }
 
     /// Adopts a config whose quotas Redis has. Returns the amounts that `carry_over` charges once the states of all

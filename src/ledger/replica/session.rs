@@ -16,7 +16,7 @@ const MAX_REPEAT_AGE_MS: u64 = 12 * 3_600_000;
 /// The outcome of a join.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::ledger) struct Joined {
-    /// How many quotas had other limits in Redis.
+    /// How many quotas have other limits in this node's config than in those of other nodes.
     pub(in crate::ledger) differing_limits: u64,
     /// How long to wait for other nodes that restore lost data.
     pub(in crate::ledger) wait_ms: u64,
@@ -41,7 +41,7 @@ impl Replica {
         if own.ms_since(self.last_reply) > MAX_REPEAT_AGE_MS {
             self.journal.forget_acknowledged();
         }
-        let sent = self.has_joined_before.then(|| self.journal.sent(self.data_set));
+        let sent = (self.first_joined > 0).then(|| self.journal.sent(self.data_set, self.first_joined));
         let enforce = self.enforce_mark();
         self.commands.join(self.config.stamp, sent, &states, enforce)
     }
@@ -53,13 +53,17 @@ impl Replica {
         if reply.verdict != Verdict::Done {
             return None;
         }
-        self.has_joined_before = true;
+        if self.first_joined == 0 {
+            self.first_joined = u64::try_from(reply.now.0).unwrap_or(0).max(1);
+        }
         self.data_set = value(reply, 5);
         self.redis_had_session = value(reply, 2) == 1;
         let lost_steps = if self.redis_had_session { self.journal.rewind(value(reply, 4)) } else { 0 };
         // Bounded, because Redis's clock may have been set back.
         let wait_ms = value(reply, 3).min(MAX_RECOVERY_WAIT_MS);
-        Some(Joined { differing_limits: value(reply, 1), wait_ms, lost_steps })
+        let differing_limits = value(reply, 1);
+        self.limits_differ |= differing_limits > 0;
+        Some(Joined { differing_limits, wait_ms, lost_steps })
     }
 
     /// The command that makes Redis hold up to `MAX_BATCH` of this node's reservations again, and the numbers of
@@ -150,12 +154,13 @@ impl Replica {
         let differs = |(quota, (state, mark)): (&Quota, &(CounterState, OverrideMark))| {
             !mark.is_set() && limit_of(state) != (quota.limit, quota.capacity())
         };
-        let limits_differ = self
-            .local
-            .overrides
-            .active()
-            .any(|(cell, quota)| reply.states.get(cell).is_some_and(|state| differs((quota, state))));
-        Some(limits_differ && !std::mem::replace(&mut self.limits_differ, limits_differ))
+        self.must_send_limits = value(reply, 5) == 1;
+        let differ = |(cell, quota): (usize, &Quota)| {
+            reply.states.get(cell).is_some_and(|state| differs((quota, state)))
+        };
+        let limits_differ = !self.must_send_limits && self.local.overrides.active().any(differ);
+        let differed = std::mem::replace(&mut self.limits_differ, limits_differ);
+        Some(limits_differ && !differed)
     }
 
     /// The command that ends the session.

@@ -61,7 +61,7 @@ fn confirm_all_held(replica: &mut Replica) -> Vec<(String, u64)> {
 /// Joins and begins the resync. Returns the join command.
 fn begin_resync(replica: &mut Replica) -> ScriptCommand {
     let join = replica.join_command(NOW);
-    let applied = replica.journal.sent(0).acknowledged.cast_signed();
+    let applied = replica.journal.sent(0, 0).acknowledged.cast_signed();
     replica.on_join(NOW, &done(&[0, 0, 1, 0, applied], Vec::new())).unwrap();
     confirm_all_held(replica);
     replica.begin_resync(NOW);
@@ -170,6 +170,83 @@ fn another_on_failure_applies_at_once_also_without_redis() {
     begin_resync(&mut replica);
     let steps = replica.journal.entries.iter().map(|entry| entry.step.amounts.total);
     assert_eq!(steps.sum::<u64>(), 5 * REQUEST.cast_unsigned());
+}
+
+/// Sets the states of the quotas as Redis reports them. `enforce_until`: until then Redis has shadow mode.
+fn heartbeat(
+    replica: &mut Replica,
+    limit: u64,
+    mark: OverrideMark,
+    enforce_until: Timestamp,
+) -> Option<bool> {
+    let quota = replica.local.overrides.configured()[0].with_limit(limit, limit);
+    let state = Quotas::new(&[quota], NOW).states(NOW).remove(0);
+    replica.on_heartbeat(NOW, &done(&[2, 0, 1, 1, enforce_until.0], vec![(state, mark)]))
+}
+
+fn limit_and_level(replica: &mut Replica) -> (u64, i64) {
+    let level = replica.local.levels(NOW).remove(0);
+    (level.quota.limit, level.level)
+}
+
+#[test]
+fn overrides_end_without_redis_and_the_usage_before_is_reported() {
+    let mut replica = replica();
+    let end = NOW.plus_ms(1);
+    heartbeat(&mut replica, 100_000, OverrideMark::Until(end), end).unwrap();
+    replica.go_offline(NOW);
+    let spent = Amounts::of_request(10, 90);
+    for _ in 0..30 {
+        let grant = admitted_offline(&mut replica);
+        replica.settle(NOW, subject(), grant, Settlement { spent, is_complete: true });
+    }
+    replica.end_overrides(NOW);
+    assert_eq!(limit_and_level(&mut replica), (50_000, 47_000));
+    assert!(!replica.is_enforcing());
+    replica.end_overrides(end);
+    assert_eq!(limit_and_level(&mut replica), (500, 0), "the share of one of two nodes, and no debt");
+    assert!(replica.is_enforcing());
+    assert!(replica.admit_offline(end, &demand()).is_err());
+    let set = replica.local.overrides.set();
+    assert!(set.limits.is_empty() && set.enforce.is_none());
+    // A server that has lost its data gets the limits of the config.
+    let join = begin_resync(&mut replica);
+    let whole = join.arguments.iter().filter(|word| *word == "1000").count();
+    assert_eq!(whole, 5, "limit and burst in force, limit and burst of the config, and level: {join:?}");
+    let steps = replica.journal.entries.iter().map(|entry| entry.step.amounts.total);
+    assert_eq!(steps.sum::<u64>(), 3_000);
+}
+
+#[test]
+fn an_override_that_ends_without_redis_changes_no_other_limit() {
+    let mut replica = replica();
+    let end = NOW.plus_ms(1);
+    // Another node has a newer config, with 2,000 tokens.
+    heartbeat(&mut replica, 2_000, OverrideMark::None, end).unwrap();
+    replica.go_offline(NOW);
+    replica.end_overrides(end);
+    assert!(replica.is_enforcing());
+    assert_eq!(limit_and_level(&mut replica), (1_000, 1_000));
+}
+
+#[test]
+fn a_node_sends_its_limits_when_redis_asks_for_them() {
+    let mut replica = replica();
+    let states = states(&mut replica);
+    let other = replica.local.overrides.configured()[0].with_limit(2_000, 2_000);
+    let differing = vec![(Quotas::new(&[other], NOW).states(NOW).remove(0), OverrideMark::None)];
+    let beat = |replica: &mut Replica, asks: i64, states: &[(CounterState, OverrideMark)]| {
+        replica.on_heartbeat(NOW, &done(&[1, 0, 0, 0, 0, asks], states.to_vec()))
+    };
+    assert_eq!(beat(&mut replica, 1, &differing), Some(false), "they do not differ for long");
+    let settings = replica.settings_to_send().unwrap();
+    assert_eq!((settings.stamp, settings.quotas), (1, replica.local.overrides.configured().to_vec()));
+    assert_eq!(replica.settings_to_send(), None);
+    for _ in 0..2 {
+        assert_eq!(beat(&mut replica, 0, &differing), Some(true), "another node has a newer config");
+        assert_eq!(beat(&mut replica, 0, &differing), Some(false), "it is known");
+        assert_eq!(beat(&mut replica, 0, &states), Some(false));
+    }
 }
 
 #[test]
@@ -373,9 +450,9 @@ fn the_journal_keeps_a_bounded_number_of_acknowledged_steps() {
     for n in 0..30_000 {
         push(&mut journal);
         journal.acknowledge(1);
-        assert!(journal.sent(0).acknowledged == n + 1 && journal.sent(0).oldest >= 1);
+        assert!(journal.sent(0, 0).acknowledged == n + 1 && journal.sent(0, 0).oldest >= 1);
     }
-    let oldest = journal.sent(0).oldest;
+    let oldest = journal.sent(0, 0).oldest;
     assert_eq!(oldest, 10_001);
     assert_eq!(journal.rewind(5), 20_000, "older steps are lost");
     assert_eq!((journal.first, journal.entries.len()), (oldest, 20_000));

@@ -63,10 +63,16 @@ impl RedisSync {
                 tracing::warn!(environment, "Redis is unavailable: quotas are counted on this node");
             }
             OnStoreFailure::Open => {
-                tracing::warn!(environment, "Redis is unavailable: this node starts with full quotas (store.redis.on_failure: open)");
+                tracing::warn!(
+                    environment,
+                    "Redis is unavailable: this node starts with full quotas (store.redis.on_failure: open)"
+                );
             }
             OnStoreFailure::Closed => {
-                tracing::warn!(environment, "Redis is unavailable: requests are refused (store.redis.on_failure: closed)");
+                tracing::warn!(
+                    environment,
+                    "Redis is unavailable: requests are refused (store.redis.on_failure: closed)"
+                );
             }
         }
     }
@@ -317,6 +323,9 @@ impl RedisSync {
                 // Other nodes may have released room that a request on this node waits for.
                 self.wait_queue.notify_released();
                 self.dependents.notify_released();
+                if let Some(settings) = self.with_replica(Replica::settings_to_send) {
+                    self.send_quotas(&settings).await?;
+                }
                 return self.read_origins().await;
             }
             if reply.verdict == Verdict::UnknownSession {
@@ -339,7 +348,8 @@ impl RedisSync {
     fn warn_of_differing_limits(&self) {
         tracing::warn!(
             environment = self.environment,
-            "nodes have different limits: those of the newest config file are in force"
+            "nodes have different limits: those of the newest config file are in force, and among equally old files \
+             those of the node that started last"
         );
     }
 }

@@ -156,7 +156,7 @@ end
 
 local function archive_session(ended)
   local applied = redis.call('HGET', meta_key, 'q:' .. ended) or 0
-  redis.call('HDEL', meta_key, 's:' .. ended, 'q:' .. ended, 'o:' .. ended)
+  redis.call('HDEL', meta_key, 's:' .. ended, 'q:' .. ended, 'o:' .. ended, 'c:' .. ended)
   redis.call('HSET', ended_sessions_key(0), ended, applied)
   redis.call('PEXPIRE', ended_sessions_key(0), 2 * RETENTION_MS)
 end
@@ -174,16 +174,62 @@ local function count_alive()
   redis.call('HSET', meta_key, 'alive', alive)
 end
 
+-- The config of a session: when it was written, and when the session joined for the first time. Older versions do not
+-- record it. They have at most the newest one that is recorded.
+local function config_of(other)
+  local packed = redis.call('HGET', meta_key, 'c:' .. other)
+  return packed and cmsgpack.unpack(packed) or { tonumber(redis.call('HGET', meta_key, 'stamp')) or 0, 0 }
+end
+
+local function is_older(config, than)
+  return config[1] < than[1] or (config[1] == than[1] and config[2] < than[2])
+end
+
+-- The number of other sessions that are open, and whether none of them has a newer config than this one. A session that
+-- the next heartbeat renews after an outage is open.
+local function compare_config(config)
+  local beat = tonumber(redis.call('HGET', meta_key, 'beat')) or now
+  local fields, others, is_newest = redis.call('HGETALL', meta_key), 0, true
+  for i = 1, #fields, 2 do
+    local other = fields[i]:sub(1, 2) == 's:' and fields[i]:sub(3)
+    local ends = other and other ~= session and tonumber(fields[i + 1]) or 0
+    if ends > now or (ends > 0 and now - beat > OUTAGE_MS) then
+      others = others + 1
+      is_newest = is_newest and not is_older(config, config_of(other))
+    end
+  end
+  return others, is_newest
+end
+
+-- `has_set_limits`: the limits of this config are in force.
+local function record_config(config, is_newest, has_set_limits)
+  redis.call('HSET', meta_key, 'c:' .. session, cmsgpack.pack(config))
+  if is_newest then redis.call('HSET', meta_key, 'stamp', config[1]) end
+  if has_set_limits then redis.call('HSET', meta_key, 'limits_of', session) end
+end
+
+-- Whether the limits of this session's config should be in force, and are not: the session whose limits are in force
+-- has ended.
+local function must_set_limits()
+  local holder = redis.call('HGET', meta_key, 'limits_of')
+  if holder == session then return false end
+  if holder and (tonumber(redis.call('HGET', meta_key, 's:' .. holder)) or 0) > now then return false end
+  local _, is_newest = compare_config(config_of(session))
+  return is_newest
+end
+
 -- Opens a session for the first time or again. Missing cells are created from the node's state. Existing cells take
--- their limits from the newest config (by its stamp), unless an administrator set them. Replies with six numbers:
--- cells created; cells with limits other than the node's; 1 if the session was remembered; milliseconds to wait; the
--- number of the last applied step; and the data set, which is the time when the first cell was created. After the
+-- their limits from the newest config of the nodes alive, unless an administrator set them: from the one with the
+-- highest stamp, and among equal ones from that of the session that joined last. Replies with six numbers: cells
+-- created; cells with limits other than those of other nodes; 1 if the session was remembered; milliseconds to wait;
+-- the number of the last applied step; and the data set, which is the time when the first cell was created. After the
 -- server has lost its data, a node waits for this time until other nodes have restored their state. A server that was
 -- a lagging replica, or that was restored from an older file, has applied fewer steps than were acknowledged. The node
 -- repeats the others, from the step `oldest` on.
 function commands.join()
   local stamp, has_joined_before, oldest, acknowledged = read_int(), read_int() == 1, read_int(), read_int()
-  local known_data_set, enforce, enforce_until, cell_count = read_int(), read_int(), read_int(), read_int()
+  local known_data_set, first_joined = read_int(), read_int()
+  local enforce, enforce_until, cell_count = read_int(), read_int(), read_int()
   local names, from_node, configured = {}, {}, {}
   for i = 1, cell_count do
     local name = read_text()
@@ -191,38 +237,42 @@ function commands.join()
     from_node[name], configured[name] = read_cell()
     if not from_node[name] then return { STALE_PERIOD, now } end
   end
-  local meta = redis.call('HMGET', meta_key, 's:' .. session, 'stamp', 'regains', 'q:' .. session, 'born')
-  local newest, restoring_until = tonumber(meta[2]) or 0, tonumber(meta[3]) or 0
+  local meta = redis.call('HMGET', meta_key, 's:' .. session, 'regains', 'q:' .. session, 'born')
+  local restoring_until = tonumber(meta[2]) or 0
   local archived = not meta[1] and archived_step()
-  local data_set = tonumber(meta[5]) or now
+  local data_set = tonumber(meta[4]) or now
   local is_same_data_set = known_data_set == data_set
   -- If the server has the same data set without this session, it has applied none of the session's steps. The node
   -- can repeat all of them.
   local is_remembered = meta[1] or archived or (is_same_data_set and oldest == 1)
   -- The states of a node whose session is lost contain everything that was acknowledged.
-  local applied = is_remembered and max(tonumber(meta[4] or archived) or 0, oldest - 1) or acknowledged
+  local applied = is_remembered and max(tonumber(meta[3] or archived) or 0, oldest - 1) or acknowledged
   load_cells(names)
   if not advance_to_now(names) then return { STALE_PERIOD, now } end
-  if has_joined_before and not is_remembered and restoring_until <= now then
+  local is_restoring = has_joined_before and not is_remembered
+  if is_restoring and restoring_until <= now then
     restoring_until = now + RESTORE_MS
     redis.call('HSET', meta_key, 'regains', restoring_until)
   end
+  local config = { stamp, first_joined == 0 and now or first_joined }
+  local others, is_newest = compare_config(config)
   local created, differing = {}, 0
   for _, name in ipairs(names) do
     local cell, node, new = cells[name], from_node[name], configured[name]
-    if cell and stamp >= newest and cell.override ~= 0 then
+    local is_overridden = cell and cell.override ~= 0
+    if is_overridden and is_newest then
       -- The limits that are in force when the override ends.
       cell.file_limit, cell.file_burst, is_changed[name] = new.limit, new.burst, true
     end
-    if cell and stamp > newest and cell.override == 0 and not has_limits(cell, new.limit, new.burst) then
+    if not cell then
+      cells[name], is_changed[name], created[#created + 1] = node, true, name
+    elseif is_newest and not is_overridden and not has_limits(cell, new.limit, new.burst) then
       set_limits(cell, new.limit, new.burst)
       is_changed[name] = true
-      differing = differing + 1
-    elseif not cell then
-      cells[name], is_changed[name], created[#created + 1] = node, true, name
+      if others > 0 then differing = differing + 1 end
     elseif not has_limits(cell, node.limit, node.burst) then
-      differing = differing + 1
-    elseif has_joined_before and not is_remembered then
+      if not is_overridden and not has_limits(cell, new.limit, new.burst) then differing = differing + 1 end
+    elseif is_restoring then
       restore_level(name, cell, node, is_same_data_set)
       is_changed[name] = true
     end
@@ -230,10 +280,11 @@ function commands.join()
   if #created > 0 then continue_removed(created, names) end
   for _, name in ipairs(created) do save_base(name, cells[name]) end
   local expiry = now + SESSION_TIMEOUT_MS
-  redis.call('HSET', meta_key, 's:' .. session, expiry, 'stamp', max(stamp, newest), 'q:' .. session, applied)
-  redis.call('HSET', meta_key, 'born', data_set)
+  redis.call('HSET', meta_key, 's:' .. session, expiry, 'q:' .. session, applied, 'born', data_set)
+  -- Restored cells have the limits that were in force before, maybe of another config. A heartbeat finds out.
+  record_config(config, is_newest, is_newest and not (is_restoring and #created > 0))
   -- The server has lost its data, or never had any: the first node restores the override of `enforce`.
-  if not meta[5] and enforce > 0 then
+  if not meta[4] and enforce > 0 then
     redis.call('HSET', meta_key, 'enforce', enforce, 'enforce_until', enforce_until)
   end
   redis.call('HDEL', meta_key, 'o:' .. session)
@@ -385,7 +436,7 @@ end
 
 -- A heartbeat: renews the session, ends and charges sessions that were not renewed, and ends overrides. Replies with
 -- the number of nodes alive, the number of requests in flight, the version of the overrides, the override of `enforce`
--- and its end, and the states of the cells.
+-- and its end, 1 if the node must join again so that the limits of its config apply, and the states of the cells.
 function commands.beat()
   local names = read_texts(read_int())
   load_cells(names)
@@ -428,6 +479,7 @@ function commands.beat()
   for _, value in ipairs({ 'in_flight', 'overrides', 'enforce', 'enforce_until' }) do
     reply[#reply + 1] = tonumber(redis.call('HGET', meta_key, value)) or 0
   end
+  reply[#reply + 1] = must_set_limits() and 1 or 0
   for _, name in ipairs(names) do append_state(reply, name) end
   return reply
 end
@@ -436,7 +488,7 @@ end
 -- charged.
 function commands.leave()
   if redis.call('HLEN', reservations_key) > 0 then return { DONE, now } end
-  redis.call('HDEL', meta_key, 's:' .. session, 'q:' .. session)
+  redis.call('HDEL', meta_key, 's:' .. session, 'q:' .. session, 'c:' .. session)
   return { DONE, now }
 end
 

@@ -243,10 +243,19 @@ async fn the_limits_of_the_newest_config_file_apply_to_all_nodes() {
     let new = Process::of_config(&config(&redis, &upstream, 1, &quota_of(2_000), "")).await;
     let also_old = Gateway::from_config(&config(&redis, &upstream, 2, &quota_of(500), "")).await;
     tokio::time::sleep(Duration::from_millis(700)).await;
-    for admin in [old.admin, new.admin, also_old.admin] {
+    let expect = async |admin, burst: u64, level: u64| {
         let shown = gateway::admin_get_at(admin, "/api/environments").await.json();
         let quota = &shown["environments"][0]["quotas"][0];
-        assert_eq!((&quota["burst"], &quota["level"]), (&2_000.into(), &1_900.into()), "{quota}");
+        assert_eq!((&quota["burst"], &quota["level"]), (&burst.into(), &level.into()), "{quota}");
         assert_eq!(quota["source"], "file");
+    };
+    for admin in [old.admin, new.admin, also_old.admin] {
+        expect(admin, 2_000, 1_900).await;
+    }
+    // When the newest config has gone, that of the node applies that started last.
+    new.stop().await;
+    tokio::time::sleep(Duration::from_millis(1_400)).await;
+    for admin in [old.admin, also_old.admin] {
+        expect(admin, 500, 400).await;
     }
 }

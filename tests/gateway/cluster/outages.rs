@@ -305,8 +305,7 @@ async fn set_limit(node: &Gateway, body: &str) -> Reply {
     let mut caller = Caller::connect(node.admin).await;
     let path = "/api/environments/staging/quotas/total_tokens/day";
     let (host, length) = (node.admin, body.len());
-    let request =
-        format!("PUT {path} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n\r\n{body}");
+    let request = format!("PUT {path} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n\r\n{body}");
     caller.send(request.as_bytes()).await;
     caller.reply().await
 }

@@ -3,10 +3,12 @@
 use super::{START, full_states, held_reservation, month_state, node, quotas, reserve};
 use crate::node::Node;
 use crate::server::Server;
+use tollgate::clock::Timestamp;
 use tollgate::glob::Glob;
-use tollgate::quota::{Amounts, ClockUnit, Kind, Period, Quota, Scope, Window};
+use tollgate::quota::{Amounts, ClockUnit, CounterState, Kind, Period, Quota, Scope, Window};
 use tollgate::redis::{
-    NewLimit, OnShortage, OverrideMark, ReserveRequest, SentSteps, Step, StepKind, Verdict,
+    Cells, CommandBuilder, NewLimit, OnShortage, OverrideMark, ReserveRequest, SentSteps, Step, StepKind,
+    Verdict,
 };
 
 #[test]
@@ -43,14 +45,185 @@ fn the_limits_of_the_newest_config_apply() {
         (level.quota.limit, level.quota.capacity(), level.level)
     };
     let with = |limit| vec![quotas()[0].with_limit(limit, limit), quotas()[1].clone()];
-    for (stamp, given, want) in [(5, 2_000, (2_000, 2_000, 1_900)), (4, 500, (2_000, 2_000, 1_900))] {
-        let mut other = server.node("other", &with(given), START);
+    for (session, stamp, given, want) in
+        [("new", 5, 2_000, (2_000, 2_000, 1_900)), ("old", 4, 500, (2_000, 2_000, 1_900))]
+    {
+        let mut other = server.node(session, &with(given), START);
         other.commands.set_clock(START);
         let reply =
             other.run(|commands| commands.join(stamp, None, &full_states(&with(given), START), None)).values;
         assert_eq!((reply[0], reply[1], reply[3]), (0, 1, 0), "the reply counts the differing limit");
         assert_eq!(limit(&mut one), want);
     }
+}
+
+/// A node whose config has this limit in its first quota, from a file that was written at `stamp`.
+struct Configured {
+    node: Node,
+    stamp: u64,
+    first_joined: Option<Timestamp>,
+}
+
+impl Configured {
+    /// The node joins for the first time.
+    fn join(server: &Server, session: &str, limit: u64, stamp: u64, now: Timestamp) -> Self {
+        let quotas = vec![quotas()[0].with_limit(limit, limit), quotas()[1].clone()];
+        let mut joined = Self { node: server.node(session, &quotas, now), stamp, first_joined: None };
+        joined.join_again(now);
+        joined.first_joined = Some(now);
+        joined
+    }
+
+    /// Joins. Returns how many of its limits differ from those of other nodes.
+    fn join_again(&mut self, now: Timestamp) -> i64 {
+        let states = full_states(&self.node.quotas, now);
+        let sent = self
+            .first_joined
+            .map(|at| SentSteps { first_joined: at.0.cast_unsigned(), ..SentSteps::default() });
+        self.node.commands.set_clock(now);
+        let stamp = self.stamp;
+        let reply = self.node.run(|commands| commands.join(stamp, sent, &states, None));
+        assert_eq!(reply.verdict, Verdict::Done);
+        reply.values[1]
+    }
+
+    /// A heartbeat. Returns the limit in force, and whether the node must join again so that its own limit applies.
+    fn beat(&mut self, now: Timestamp) -> (u64, bool) {
+        self.node.commands.set_clock(now);
+        let reply = self.node.run(CommandBuilder::heartbeat);
+        let CounterState::Rolling { limit, .. } = reply.states[0].0 else { panic!("{reply:?}") };
+        (limit, reply.values[5] == 1)
+    }
+
+    fn leave(mut self) {
+        self.node.run(CommandBuilder::leave);
+    }
+}
+
+#[test]
+fn a_node_that_starts_alone_sets_its_limits_even_if_its_file_is_older() {
+    let server = Server::start();
+    Configured::join(&server, "new file", 2_000, 5, START).leave();
+    let mut other = Configured::join(&server, "old file", 500, 4, START.plus_ms(10));
+    assert_eq!(other.beat(START.plus_ms(20)), (500, false));
+    other.leave();
+    // An environment variable has changed.
+    let mut last = Configured::join(&server, "same file", 700, 4, START.plus_ms(30));
+    assert_eq!(last.beat(START.plus_ms(40)), (700, false));
+    assert_eq!(last.join_again(START.plus_ms(50)), 0, "no other node has other limits");
+}
+
+#[test]
+fn a_changed_limit_of_a_node_that_is_alone_is_no_difference_between_nodes() {
+    let server = Server::start();
+    Configured::join(&server, "before", 2_000, 5, START).leave();
+    let mut alone = Configured::join(&server, "alone", 500, 6, START);
+    alone.stamp = 7;
+    alone.node.quotas[0] = alone.node.quotas[0].with_limit(600, 600);
+    alone.node.commands.set_cells(Cells::new(&alone.node.quotas, START));
+    assert_eq!(alone.join_again(START), 0);
+    assert_eq!(alone.beat(START), (600, false));
+    // The other node has the limits of before.
+    let mut other = Configured::join(&server, "other", 500, 6, START);
+    assert_eq!((other.join_again(START), other.beat(START)), (1, (600, false)));
+}
+
+#[test]
+fn the_limits_of_an_older_file_apply_when_the_last_node_with_the_newer_one_has_gone() {
+    for leaves in [true, false] {
+        let server = Server::start();
+        let newer = Configured::join(&server, "newer", 2_000, 5, START);
+        let mut older = Configured::join(&server, "older", 500, 4, START.plus_ms(10));
+        let mut oldest = Configured::join(&server, "oldest", 300, 3, START.plus_ms(20));
+        let mut now = START.plus_ms(500);
+        assert_eq!((older.beat(now), oldest.beat(now)), ((2_000, false), (2_000, false)));
+        if leaves {
+            newer.leave();
+        } else {
+            for _ in 0..30 {
+                now = now.plus_ms(500);
+                oldest.beat(now);
+                older.beat(now);
+            }
+        }
+        now = now.plus_ms(500);
+        assert_eq!((oldest.beat(now), older.beat(now)), ((2_000, false), (2_000, true)));
+        older.join_again(now);
+        assert_eq!((oldest.beat(now), older.beat(now)), ((500, false), (500, false)), "leaves: {leaves}");
+        // The newest limits apply again at once.
+        let mut newer = Configured::join(&server, "newer again", 2_000, 5, now);
+        assert_eq!((newer.beat(now), older.beat(now)), ((2_000, false), (2_000, false)));
+    }
+}
+
+#[test]
+fn among_equally_old_files_the_limits_of_the_node_that_started_last_apply() {
+    let server = Server::start();
+    let mut first = Configured::join(&server, "first", 1_000, 5, START);
+    let mut last = Configured::join(&server, "last", 3_000, 5, START.plus_ms(10));
+    let later = START.plus_ms(500);
+    assert_eq!((first.beat(later), last.beat(later)), ((3_000, false), (3_000, false)));
+    // A node that lost its connection comes back.
+    assert_eq!(first.join_again(later), 1);
+    assert_eq!((first.beat(later), last.beat(later)), ((3_000, false), (3_000, false)));
+    // Its session may have ended meanwhile.
+    let later = START.plus_ms(20_500);
+    for ms in (1_000..=20_500).step_by(500) {
+        last.beat(START.plus_ms(ms));
+    }
+    first.join_again(later);
+    assert_eq!((first.beat(later), last.beat(later)), ((3_000, false), (3_000, false)));
+}
+
+/// The first node that rejoins creates the cells from its states, which have the limits in force. Its own are older.
+#[test]
+fn an_emptied_server_gets_the_limits_that_were_in_force() {
+    let server = Server::start();
+    let mut older = Configured::join(&server, "older", 500, 4, START);
+    let mut newer = Configured::join(&server, "newer", 2_000, 5, START);
+    older.node.flush_server();
+    let now = START.plus_ms(1_000);
+    let sent = Some(SentSteps { first_joined: START.0.cast_unsigned(), ..SentSteps::default() });
+    let states = full_states(&newer.node.quotas, now);
+    older.node.commands.set_clock(now);
+    assert_eq!(older.node.run(|commands| commands.join(4, sent, &states, None)).values[..2], [2, 0]);
+    newer.join_again(now);
+    assert_eq!((older.beat(now), newer.beat(now)), ((2_000, false), (2_000, false)));
+    // Without the other node its own limits apply.
+    newer.node.flush_server();
+    older.node.run(|commands| commands.join(4, sent, &states, None));
+    assert_eq!(older.beat(now), (2_000, true));
+    older.join_again(now);
+    assert_eq!(older.beat(now), (500, false));
+}
+
+#[test]
+fn a_node_that_rejoins_first_after_an_outage_does_not_replace_newer_limits() {
+    let server = Server::start();
+    let mut newer = Configured::join(&server, "newer", 2_000, 5, START);
+    let mut older = Configured::join(&server, "older", 500, 4, START);
+    assert_eq!((newer.beat(START), older.beat(START)), ((2_000, false), (2_000, false)));
+    let now = START.plus_ms(300_000);
+    older.join_again(now);
+    assert_eq!(older.beat(now), (2_000, false));
+    newer.join_again(now);
+    assert_eq!((older.beat(now), newer.beat(now)), ((2_000, false), (2_000, false)));
+}
+
+#[test]
+fn an_override_is_no_difference_between_the_limits_of_nodes() {
+    let server = Server::start();
+    let mut one = Configured::join(&server, "one", 1_000, 1, START);
+    let until = OverrideMark::Until(START.plus_ms(20_000));
+    one.node.run(|commands| commands.limit(until, "", &[(0, NewLimit { limit: 50, burst: 20 })]));
+    let mut other = Configured::join(&server, "other", 1_000, 1, START);
+    assert_eq!((other.join_again(START), one.join_again(START)), (0, 0));
+    assert_eq!(other.beat(START), (50, false));
+    // The override has ended. A node that was stopped meanwhile has it in its store.
+    assert_eq!(one.beat(START.plus_ms(20_000)), (1_000, false));
+    let mut states = full_states(&[quotas()[0].with_limit(50, 20), quotas()[1].clone()], START);
+    states[0].1 = OverrideMark::Endless;
+    assert_eq!(other.node.run(|commands| commands.join(0, None, &states, None)).values[1], 0);
 }
 
 /// A node restores an override from its store that an administrator revoked on another node in the meantime.

@@ -59,7 +59,7 @@ fn a_node_that_comes_late_restores_what_only_it_knew() {
         settle(&mut other, 1, "b", 30);
         let known_to_other = other.heartbeat();
         one.flush_server();
-        let sent = Some(SentSteps { oldest: 1, acknowledged: 1, data_set: 1 });
+        let sent = Some(SentSteps { oldest: 1, acknowledged: 1, data_set: 1, first_joined: 1 });
         let at = |node: &mut Node, ms| node.commands.set_clock(START.plus_ms(ms));
         let join =
             |node: &mut Node, known: &ScriptReply| node.run(|c| c.join(1, sent, &known.states, None)).values;
@@ -96,7 +96,8 @@ fn a_server_that_has_lost_steps_rejects_later_ones_until_the_node_repeats_them()
     let steps = |id: &str| [Step::new(StepKind::Settle, id.into(), Amounts::of_request(20, 0))];
     let late = one.run(|commands| commands.apply(4, &steps("d"), &[])).verdict;
     assert_eq!(late, Verdict::UnknownSession, "steps 2 and 3 are missing");
-    let sent = |oldest| Some(SentSteps { oldest, acknowledged: 3, data_set: START.0.cast_unsigned() });
+    let begun = START.0.cast_unsigned();
+    let sent = |oldest| Some(SentSteps { oldest, acknowledged: 3, data_set: begun, first_joined: begun });
     let states = full_states(&quotas(), START);
     assert_eq!(one.run(|commands| commands.join(1, sent(1), &states, None)).values, [0, 0, 1, 0, 1, START.0]);
     // The server lacks the reservations too.

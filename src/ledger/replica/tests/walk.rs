@@ -463,3 +463,54 @@ fn redis_charges_exactly_what_was_spent_even_if_calls_are_lost_or_delayed() {
         }
     }
 }
+
+/// Works until all nodes are online.
+fn go_online(world: &mut World, nodes: &mut [Node]) {
+    for _ in 0..100 {
+        world.now = world.now.plus_ms(100);
+        for node in &mut *nodes {
+            assert!(node.work(world).is_some(), "the server knows the session");
+        }
+        if nodes.iter().all(|node| node.phase == Phase::Online) {
+            return;
+        }
+    }
+    panic!("a node does not rejoin");
+}
+
+#[test]
+fn an_emptied_redis_charges_progress_that_it_had_not_received_once() {
+    let (_server, redis) = Server::start();
+    let (now, counts) = (Timestamp(BEGIN), Counts::default());
+    let mut world =
+        World { redis, dice: Dice(1), now, is_faulty: false, replicated: Vec::new(), spent: 0, counts };
+    let mut nodes: Vec<Node> =
+        (0..2).map(|n| Node::start(n, Some(OnStoreFailure::Local), false, now)).collect();
+    go_online(&mut world, &mut nodes);
+    for _ in 0..5 {
+        for node in &mut nodes {
+            (0..4).for_each(|_| node.request(&mut world));
+            // Some progress is acknowledged.
+            (0..4).for_each(|_| node.progress(&mut world));
+            node.flush(&mut world).unwrap();
+            node.heartbeat(&mut world).unwrap();
+        }
+        // The states of both nodes have what the other one had reported.
+        nodes.iter_mut().for_each(|node| node.heartbeat(&mut world).unwrap());
+        for node in &mut nodes {
+            (0..8).for_each(|_| node.progress(&mut world));
+            assert!(node.replica.has_unsent_steps());
+        }
+        let (): () = redis::cmd("FLUSHALL").query(&mut world.redis).unwrap();
+        nodes.iter_mut().for_each(|node| node.lose_server(&world));
+        go_online(&mut world, &mut nodes);
+        for node in &mut nodes {
+            while !node.open.is_empty() {
+                node.settle(&mut world);
+            }
+            node.flush(&mut world).unwrap();
+        }
+        assert_eq!(world.counted(), (vec![(world.spent, 0); 2], 0));
+    }
+    assert!(world.spent > 0);
+}
