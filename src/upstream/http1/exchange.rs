@@ -2,7 +2,7 @@
 
 use super::body::Http1Body;
 use super::connection::Http1Connection;
-use super::head::{self, AnswerHead, invalid};
+use super::head::{AnswerHead, HeadSearch, invalid};
 use super::outgoing::RequestWriter;
 use super::pool::IdlePool;
 use crate::upstream::request::{ExchangeError, Request};
@@ -30,11 +30,11 @@ pub(in crate::upstream) async fn exchange(
     pool: &IdlePool,
 ) -> Result<(response::Parts, Http1Body), ExchangeError> {
     let mut outgoing = RequestWriter::new(authority, request);
-    let mut interim_answers = 0;
+    let (mut search, mut interim_answers) = (HeadSearch::default(), 0);
     let head = poll_fn(|cx| {
         // Reads even if the write is blocked.
         let _ = outgoing.poll_write(cx, &mut *connection.stream);
-        match poll_head(&mut connection, cx, &request.method, &mut interim_answers) {
+        match poll_head(&mut connection, cx, &request.method, (&mut search, &mut interim_answers)) {
             Poll::Ready(head) => Poll::Ready(head.map(Some)),
             Poll::Pending => connection.timer.poll(cx, due).map(|()| Ok(None)),
         }
@@ -55,10 +55,10 @@ fn poll_head(
     connection: &mut Http1Connection,
     cx: &mut Context<'_>,
     method: &Method,
-    interim_answers: &mut usize,
+    (search, interim_answers): (&mut HeadSearch, &mut usize),
 ) -> Poll<io::Result<AnswerHead>> {
     loop {
-        if let Some(head) = head::take(&mut connection.buffer, method)? {
+        if let Some(head) = search.take(&mut connection.buffer, method)? {
             if !head.parts.status.is_informational() {
                 return Poll::Ready(Ok(head));
             }

@@ -1,7 +1,7 @@
 //! The heads of requests and answers, and the framing of an answer's body.
 
 use crate::upstream::request::Request;
-use bytes::BytesMut;
+use bytes::{Buf as _, BytesMut};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, StatusCode, response};
 use smallvec::SmallVec;
@@ -57,11 +57,45 @@ pub(super) fn encode(authority: &str, request: &Request) -> Vec<u8> {
     head
 }
 
-/// Removes a head from the front of the buffer; `None` if it is not complete. `method` is the request's.
-pub(super) fn take(buffer: &mut BytesMut, method: &Method) -> io::Result<Option<AnswerHead>> {
-    if buffer.is_empty() {
-        return Ok(None);
+/// Finds the head of an answer whose bytes arrive in pieces. An incomplete head is parsed again only when it is twice as long or
+/// has an empty line. So the time is linear, however small the pieces are.
+#[derive(Debug, Default)]
+pub(super) struct HeadSearch {
+    /// The length that was parsed last.
+    parsed: usize,
+    /// The length that was searched for an empty line.
+    searched: usize,
+}
+
+impl HeadSearch {
+    /// Removes a head from the front of the buffer; `None` if it is not complete. `method` is the request's.
+    pub(super) fn take(&mut self, buffer: &mut BytesMut, method: &Method) -> io::Result<Option<AnswerHead>> {
+        if self.parsed == 0 {
+            // Empty lines before a head are skipped.
+            let begin = buffer.iter().position(|&b| b != b'\r' && b != b'\n').unwrap_or(buffer.len());
+            buffer.advance(begin);
+        }
+        if buffer.is_empty() || !self.is_due(buffer) {
+            return Ok(None);
+        }
+        self.parsed = buffer.len();
+        let head = take(buffer, method)?;
+        if head.is_some() {
+            *self = Self::default();
+        }
+        Ok(head)
     }
+
+    fn is_due(&mut self, bytes: &[u8]) -> bool {
+        let new = &bytes[self.searched.saturating_sub(2)..];
+        self.searched = bytes.len();
+        let has = |line: &[u8]| memchr::memmem::find(new, line).is_some();
+        bytes.len() >= 2 * self.parsed || bytes.len() > MAX_HEAD_BYTES || has(b"\n\r\n") || has(b"\n\n")
+    }
+}
+
+/// Removes a head from the front of the buffer; `None` if it is not complete.
+fn take(buffer: &mut BytesMut, method: &Method) -> io::Result<Option<AnswerHead>> {
     let mut fields = [const { MaybeUninit::uninit() }; USUAL_HEADERS];
     let mut spans = SmallVec::new();
     let parsed = match parse(&mut fields, buffer, &mut spans) {
@@ -171,7 +205,30 @@ mod tests {
     use proptest::prelude::*;
 
     fn parse(head: &str) -> io::Result<Option<AnswerHead>> {
-        take(&mut BytesMut::from(head), &Method::POST)
+        HeadSearch::default().take(&mut BytesMut::from(head), &Method::POST)
+    }
+
+    #[test]
+    fn a_head_in_small_pieces_is_found_at_its_end_and_takes_linear_time() {
+        let head = format!("\r\n\nHTTP/1.1 200 OK\r\n{}content-length: 1\r\n\r\n", "a: b\r\n".repeat(40));
+        for (ends, head) in [("CR and LF", head.clone()), ("LF", head.replace('\r', ""))] {
+            let (mut search, mut buffer) = (HeadSearch::default(), BytesMut::new());
+            for &byte in &head.as_bytes()[..head.len() - 1] {
+                buffer.extend_from_slice(&[byte]);
+                assert!(search.take(&mut buffer, &Method::POST).unwrap().is_none(), "{ends}");
+            }
+            buffer.extend_from_slice(b"\nrest");
+            assert!(search.take(&mut buffer, &Method::POST).unwrap().is_some(), "{ends}");
+            assert_eq!(&buffer[..], b"rest", "{ends}");
+        }
+        let (mut search, mut buffer, mut parsed) = (HeadSearch::default(), BytesMut::new(), 0);
+        for &byte in format!("HTTP/1.1 200 OK\r\n{}", "a: b\r\n".repeat(9_000)).as_bytes() {
+            buffer.extend_from_slice(&[byte]);
+            let before = search.parsed;
+            assert!(search.take(&mut buffer, &Method::POST).unwrap().is_none());
+            parsed += if search.parsed == before { 0 } else { search.parsed };
+        }
+        assert!(parsed <= 2 * buffer.len(), "{parsed} bytes were parsed of {}", buffer.len());
     }
 
     #[test]
@@ -220,7 +277,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_answer_makes_the_parser_panic(wire in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _ = take(&mut BytesMut::from(&wire[..]), &Method::POST);
+            let _ = HeadSearch::default().take(&mut BytesMut::from(&wire[..]), &Method::POST);
         }
     }
 }
