@@ -74,7 +74,7 @@ async fn answers_and_refusals_are_those_of_http1() {
     // A body would be an error of the protocol.
     for (target, status) in [(CHAT, 405), ("/closed/v1/models", 401)] {
         let reply = caller.request("HEAD", target, "", b"").await;
-        assert_eq!((reply.status, &*reply.text(), reply.is_incomplete), (status, "", false), "{target}");
+        assert_eq!((reply.status, reply.text(), reply.is_incomplete), (status, "", false), "{target}");
     }
     // The requests over HTTP/2 are charged too.
     assert_eq!(gateway.settled_charges().await[0], 2 * 3 + 2);
