@@ -338,22 +338,18 @@ fn invalid(message: &str) -> Box<Response> {
 /// The answer to a change that has failed. One that may have been made is in the audit log, with `unconfirmed`.
 async fn failed(admin: &Admin, actor: Actor, fault: ChangeFault, action: Action) -> Box<Response> {
     let is_shared = admin.state.current().config.store.redis.is_some();
-    let (code, message) = match fault {
-        ChangeFault::Unavailable if !is_shared => (
-            "shutting_down",
-            "Nothing was changed, because a new process is replacing this one. Try again at once.",
-        ),
-        ChangeFault::Unavailable => (
-            "quota_store_unavailable",
-            "Nothing was changed, because the counters are shared and Redis is unavailable. Try again when /readyz no longer says that Redis is unavailable.",
-        ),
+    if fault == ChangeFault::Unavailable && !is_shared {
+        let message = "Nothing was changed, because a new process is replacing this one. Try again at once.";
+        return Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", message));
+    }
+    let message = match fault {
+        ChangeFault::Unavailable => {
+            "Nothing was changed, because the counters are shared and Redis is unavailable. Try again when /readyz no longer says that Redis is unavailable."
+        }
         ChangeFault::Unconfirmed => {
             audit::record(admin, actor, Action { after: json!({ "unconfirmed": true }), ..action }).await;
-            (
-                "quota_store_unavailable",
-                "The change may have been made, because Redis has not replied in time (store.redis.timeout). When /readyz no longer says that Redis is unavailable, look at the state, and try again if it is unchanged.",
-            )
+            "The change may have been made, because Redis has not replied in time (store.redis.timeout). When /readyz no longer says that Redis is unavailable, look at the state, and try again if it is unchanged."
         }
     };
-    Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, code, message))
+    Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, "quota_store_unavailable", message))
 }

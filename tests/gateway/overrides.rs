@@ -433,6 +433,6 @@ async fn overrides_end_on_every_node_while_redis_is_unavailable() {
         let active = metrics.text();
         let mut active = active.lines().filter(|line| line.starts_with("tollgate_override_active{"));
         assert!(active.all(|line| line.ends_with(" 0")));
-        assert_eq!(node.chat(&hello(r#""max_tokens":600"#)).await.status, 400, "more than the share");
+        assert_eq!(node.chat(&hello(r#""max_tokens":600"#)).await.status, 503, "more than the share");
     }
 }
