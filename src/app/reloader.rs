@@ -209,3 +209,30 @@ fn stamp(old: &Config, new: &Config) -> u64 {
     }
     u64::try_from(clock::now().0).unwrap_or(0).max(old.file_modified_ms + 1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::parse;
+
+    #[test]
+    fn an_older_file_counts_as_written_now_if_it_changes_quotas() {
+        let config = |limits: [u64; 2], file_modified_ms| {
+            let quotas =
+                limits.map(|limit| format!("quotas: {{ requests: {{ limit: {limit}, per: minute }} }}"));
+            let text = format!(
+                "upstreams: {{ u: {{ base_url: 'http://127.0.0.1:1/v1', {} }} }}\nenvironments: {{ e: {{ upstream: u, {} }} }}\n\
+                 default_environment: e\nstore: {{ memory: true }}",
+                quotas[0], quotas[1]
+            );
+            let config = parse(&text, "t.yaml", &|_| None, &[]).unwrap().config;
+            Config { file_modified_ms, ..config }
+        };
+        let old = config([5, 5], 2_000);
+        assert_eq!(stamp(&old, &config([5, 5], 1_000)), 2_000);
+        assert_eq!(stamp(&old, &config([6, 6], 3_000)), 3_000);
+        for limits in [[6, 5], [5, 6]] {
+            assert!(stamp(&old, &config(limits, 1_000)) > 1_700_000_000_000, "{limits:?}");
+        }
+    }
+}

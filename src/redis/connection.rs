@@ -127,7 +127,7 @@ pub fn check_url(url: &str) -> Result<(), String> {
     RedisUrl::parse(url).map(|_| ())
 }
 
-/// Identifies the server of a URL, whoever logs in and however.
+/// Identifies the server of a URL. The login and the files for TLS make no difference.
 pub fn server_identity(url: &str) -> String {
     RedisUrl::parse(url).map(|url| format!("{:?} {}", url.topology, url.login.db())).unwrap_or_default()
 }
@@ -164,7 +164,7 @@ impl FailFastConnection {
         self.permit_with(generation, true).await
     }
 
-    /// As [`permit`](Self::permit), however many calls are in the queue.
+    /// As [`permit`](Self::permit), but without a bound of the queue.
     ///
     /// # Errors
     /// The connection is lost, or was lost while this call was in the queue.

@@ -353,3 +353,24 @@ async fn the_quotas_of_an_upstream_move_with_its_environments() {
     serving.await.unwrap();
     drop(states);
 }
+
+#[test]
+fn a_process_with_another_password_has_the_same_store() {
+    let identity = |url: &str| {
+        let text = format!(
+            "upstreams: {{ u: {{ base_url: 'http://127.0.0.1:1/v1' }} }}\nenvironments: {{ e: {{ upstream: u }} }}\n\
+             store: {{ path: /nowhere/t.db, redis: {{ url: '{url}' }} }}"
+        );
+        super::store_identity(&parse(&text, "t.yaml", &|_| None, &[]).unwrap().config)
+    };
+    let old = identity("redis://:old-password@host:1/2");
+    assert_eq!(identity("redis://me:new-password@host:1/2"), old);
+    assert!(!old.contains("password"), "{old}");
+    for other in [
+        "redis://:old-password@host:1/3",
+        "redis://:old-password@host:2/2",
+        "redis://:old-password@other:1/2",
+    ] {
+        assert_ne!(identity(other), old, "{other}");
+    }
+}

@@ -81,6 +81,22 @@ async fn answers_and_refusals_are_those_of_http1() {
 }
 
 #[tokio::test]
+async fn a_forwarded_head_request_is_answered() {
+    let head = "HTTP/1.1 200 OK\r\ncontent-length: 17\r\n\r\n";
+    let upstream = Upstream::always(Answer::of(vec![Step::Send(head.into())])).await;
+    let environments = "  staging: { upstream: backend, other_paths: forward, quotas: { requests: { limit: 9, per: minute } } }\ndefault_environment: staging";
+    let gateway = Gateway::with(&upstream, "", environments).await;
+    let mut caller = Http2Caller::connect(gateway.address).await;
+    let reply = caller.request("HEAD", "/v1/batches", "", b"").await;
+    assert_eq!((reply.status, reply.header("content-length")), (200, Some("17")));
+    gateway.settled().await;
+    let metrics = gateway.admin_get("/metrics").await;
+    let counted =
+        r#"tollgate_requests_total{api="other",code="2xx",environment="staging",outcome="answered"} 1"#;
+    assert!(metrics.text().contains(counted), "{}", metrics.text());
+}
+
+#[tokio::test]
 async fn the_host_is_authority_and_a_differing_one_is_refused() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream).await;

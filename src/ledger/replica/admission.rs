@@ -6,7 +6,7 @@ use super::session::value;
 use crate::clock::Timestamp;
 use crate::ledger::demand::{Admission, Demand, NoRoom};
 use crate::ledger::overrides::QuotaKey;
-use crate::quota::{Applicable, Quota, Shortfall, Wait};
+use crate::quota::{Applicable, Shortfall, Wait};
 use crate::redis::{self, OnShortage, ReserveRequest, ScriptCommand, ScriptReply, Verdict};
 
 /// A call that requests a reservation from Redis.
@@ -194,23 +194,27 @@ impl Replica {
         }
         let now = self.redis_time(own);
         let admitted = self.local.try_admit(now, demand);
-        let mut admission = admitted.map_err(|no_room| self.for_the_whole_quotas(no_room))?;
+        let mut admission = admitted.map_err(|no_room| self.unavailable_if_shared(no_room))?;
         let id = self.take_id();
         admission.grant.id = Some(id);
         self.track(id, false, &admission.grant.receipts);
         Ok(admission)
     }
 
-    /// A request that can never fit in this node's share, but in the whole quotas, needs Redis.
-    fn for_the_whole_quotas(&self, no_room: NoRoom) -> NoRoom {
+    /// Replaces the denial of a request that can never fit in this node's shares, but fits in the whole quotas: only Redis can
+    /// admit it.
+    fn unavailable_if_shared(&self, no_room: NoRoom) -> NoRoom {
         let NoRoom::Quota(denied) = &no_room else { return no_room };
+        let mut too_small = denied.shortfalls().iter().filter(|short| short.wait == Wait::Never).peekable();
+        if too_small.peek().is_none() {
+            return no_room;
+        }
         let whole = self.local.overrides.in_force();
-        let needs_redis = |short: &Shortfall| {
+        let fits_whole = |short: &Shortfall| {
             let key = QuotaKey::of(&short.quota);
-            let capacity = whole.iter().find(|quota| key.matches(quota)).map_or(0, Quota::capacity);
-            short.wait == Wait::Never && short.requested <= capacity
+            whole.iter().any(|quota| key.matches(quota) && short.requested <= quota.capacity())
         };
-        if denied.shortfalls().iter().any(needs_redis) { NoRoom::Unavailable } else { no_room }
+        if too_small.all(fits_whole) { NoRoom::Unavailable } else { no_room }
     }
 
     /// Tracks a reservation that Redis holds. Redis persists it, so this node's store need not.

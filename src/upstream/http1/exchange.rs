@@ -42,7 +42,11 @@ pub(in crate::upstream) async fn exchange(
     let AnswerHead { parts, framing, keeps_alive } = match head.await {
         Ok(Some(head)) => head,
         Ok(None) => return Err(ExchangeError::out_of_time()),
-        Err(error) => return Err(failure(error, interim_answers, outgoing, &connection)),
+        Err(error) => {
+            let has_answer_begun =
+                interim_answers > 0 || search.has_skipped() || !connection.buffer.is_empty();
+            return Err(failure(error, has_answer_begun, outgoing));
+        }
     };
     let is_refusal = parts.status.is_client_error() || parts.status.is_server_error();
     let keeps_alive = keeps_alive && (outgoing.is_sent() || outgoing.is_writing() && !is_refusal);
@@ -80,14 +84,8 @@ fn poll_head(
 }
 
 /// Classifies a failure by whether the upstream may have processed the request.
-fn failure(
-    read_error: io::Error,
-    interim_answers: usize,
-    outgoing: RequestWriter,
-    connection: &Http1Connection,
-) -> ExchangeError {
-    let has_answer_begun =
-        interim_answers > 0 || !connection.buffer.is_empty() || read_error.kind() == ErrorKind::InvalidData;
+fn failure(read_error: io::Error, has_answer_begun: bool, outgoing: RequestWriter) -> ExchangeError {
+    let has_answer_begun = has_answer_begun || read_error.kind() == ErrorKind::InvalidData;
     let is_unwritten = outgoing.is_unwritten();
     let error = outgoing.write_error_or(read_error);
     match (has_answer_begun, is_unwritten) {

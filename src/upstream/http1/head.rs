@@ -65,15 +65,20 @@ pub(super) struct HeadSearch {
     parsed: usize,
     /// The length that was searched for an empty line.
     searched: usize,
+    /// Bytes of empty lines before the head.
+    skipped: usize,
 }
 
 impl HeadSearch {
     /// Removes a head from the front of the buffer; `None` if it is not complete. `method` is the request's.
     pub(super) fn take(&mut self, buffer: &mut BytesMut, method: &Method) -> io::Result<Option<AnswerHead>> {
         if self.parsed == 0 {
-            // Empty lines before a head are skipped.
             let begin = buffer.iter().position(|&b| b != b'\r' && b != b'\n').unwrap_or(buffer.len());
             buffer.advance(begin);
+            self.skipped += begin;
+            if self.skipped > MAX_HEAD_BYTES {
+                return Err(invalid("there are too many empty lines before the answer's head"));
+            }
         }
         if buffer.is_empty() || !self.is_due(buffer) {
             return Ok(None);
@@ -84,6 +89,11 @@ impl HeadSearch {
             *self = Self::default();
         }
         Ok(head)
+    }
+
+    /// Whether bytes have arrived that are no longer in the buffer.
+    pub(super) fn has_skipped(&self) -> bool {
+        self.skipped > 0
     }
 
     fn is_due(&mut self, bytes: &[u8]) -> bool {
@@ -229,6 +239,15 @@ mod tests {
             parsed += if search.parsed == before { 0 } else { search.parsed };
         }
         assert!(parsed <= 2 * buffer.len(), "{parsed} bytes were parsed of {}", buffer.len());
+    }
+
+    #[test]
+    fn empty_lines_before_a_head_are_bounded() {
+        let mut search = HeadSearch::default();
+        assert!(search.take(&mut BytesMut::from("\r\n"), &Method::POST).unwrap().is_none());
+        assert!(search.has_skipped());
+        let mut lines = BytesMut::from(&*"\n".repeat(MAX_HEAD_BYTES));
+        assert!(search.take(&mut lines, &Method::POST).is_err());
     }
 
     #[test]
