@@ -8,6 +8,9 @@
 //! caller sends requests one after the other over one connection, and the next event of a stream is sent when the
 //! caller has received the previous one.
 //!
+//! Instructions are those of the binary that `TOLLGATE_BIN` names, or of the one that `cargo bench` built. The latter is not
+//! optimised by the profile of `cargo build --release` (`benches/overhead/main.rs` says why).
+//!
 //! The bench compares each figure with the one in `baseline.txt` and fails if it is more than `MAX_GROWTH` above.
 //! `--record` writes the figures of this run to that file. Without valgrind it counts only allocations, and prints a
 //! note.

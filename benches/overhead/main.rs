@@ -2,7 +2,10 @@
 //!
 //! `cargo bench --bench overhead -- [--rounds N] [--seconds S] [--peers A,B] [--scenarios X,Y] [--quick]`
 //!
-//! The peer `tollgate-other` is the binary that `TOLLGATE_OTHER` names, such as a build of the code before a change.
+//! The gateway is the binary that `TOLLGATE_BIN` names, or the one that `cargo bench` built. The latter takes more CPU than
+//! that of `cargo build --release`: its dependencies have more features, so their code has other symbols than the profile
+//! (`packaging/rustc`). The peer `tollgate-other` is the binary that `TOLLGATE_OTHER` names, such as a build of the code
+//! before a change.
 //!
 //! The mock upstream, the load generator and the bare proxies are this binary, started with `--role`. The figures are
 //! CPU times of the proxy's process (user and system, all threads), because wall-clock times depend on the other load

@@ -62,7 +62,7 @@ fn tollgate(name: &str, address: SocketAddr, upstream: SocketAddr, folder: &Path
     let program = match std::env::var_os("TOLLGATE_OTHER") {
         Some(other) if name == "tollgate-other" => other,
         None if name == "tollgate-other" => return Err("TOLLGATE_OTHER names no binary".to_owned()),
-        _ => env!("CARGO_BIN_EXE_tollgate").into(),
+        _ => std::env::var_os("TOLLGATE_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_tollgate").into()),
     };
     let mut command = Command::new(program);
     command.args(["serve", "--config"]).arg(config).stderr(log);

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Measures the CPU time of a small chat by protocol: the gateway ($TOLLGATE_BIN) beside nginx as a proxy, in one run.
 
-It needs nginx, h2load (package nghttp2-client) and openssl. `cpu.py [REQUESTS]`: 20,000 requests by default. It prints the
-median of three interleaved rounds, in microseconds of CPU time per request.
+It needs nginx, h2load (package nghttp2-client) and openssl. `cpu.py [REQUESTS [ROUNDS]]`: 20,000 requests and three rounds by
+default. The proxies alternate. It prints the median and the minimum of the rounds, in microseconds of CPU time per request, and
+the median of the ratios of each round.
 """
 
 import json
@@ -15,7 +16,7 @@ import tempfile
 import time
 
 REQUESTS = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
-ROUNDS = 3
+ROUNDS = int(sys.argv[2]) if len(sys.argv) > 2 else 3
 ANSWER = '{"id":"c1","object":"chat.completion","model":"gpt-4o","choices":[{"index":0,"message":{"role":"assistant","content":"Hello there"},"finish_reason":"stop"}],"usage":{"prompt_tokens":8,"completion_tokens":2,"total_tokens":10}}'
 BODY = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hello, this is a small chat request. " * 4}]}
 UPSTREAM, PLAIN, H2C, TLS = 7001, 7010, 7011, 7012
@@ -105,8 +106,9 @@ def main(folder):
                     url = f"{scheme}://127.0.0.1:{target}/v1/chat/completions"
                     figures[name][at].append(measure(folder, pid, url, versions))
         for name, figure in figures.items():
-            nginx_us, gateway_us = map(statistics.median, figure)
-            print(f"{name:20} nginx {nginx_us:6.1f} us   tollgate {gateway_us:6.1f} us   ratio {gateway_us / nginx_us:.2f}")
+            nginx_us, gateway_us = (f"{statistics.median(rounds):6.1f} us (minimum {min(rounds):5.1f})" for rounds in figure)
+            ratio = statistics.median(ours / theirs for theirs, ours in zip(*figure))
+            print(f"{name:20} nginx {nginx_us}   tollgate {gateway_us}   ratio {ratio:.2f}")
     finally:
         for process in processes:
             process.terminate()
