@@ -86,7 +86,9 @@ export class QuotaForm {
     const { json, isUnlimited } = this.quota;
     const isOverride = json.source === "override";
     const source = isOverride ? sourceWords(json.override) : "as in the file";
-    setText(this.state, isUnlimited ? `${number(json.used)} used; ${source}` : `${number(json.used)} of ${number(json.burst)} used; ${source}`);
+    // A quota without a limit counts by the clock's period. A rolling limit counts what has not come back yet.
+    const used = isUnlimited ? `${number(json.used)} used in this period` : `${number(json.used)} of ${number(json.burst)} used`;
+    setText(this.state, `${used}; ${source}`);
     setAttribute(this.state, "title", json.override ? overrideWords(json.override) : null);
     this.element.classList.toggle("is-override", isOverride);
     setAttribute(this.duration, "placeholder", json.override?.until ? "same end" : NO_END);
