@@ -51,9 +51,10 @@ impl Gateway {
 
     /// The gateway's own binary under callgrind, or the one that `TOLLGATE_BIN` names. Its counters: instructions, 0.
     pub(crate) fn in_callgrind(exchange: &Exchange) -> Self {
+        let program =
+            std::env::var_os("TOLLGATE_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_tollgate").into());
         let mut command = Command::new("valgrind");
-        command.args(["--tool=callgrind", "--callgrind-out-file=callgrind", "--quiet"]);
-        command.arg(std::env::var_os("TOLLGATE_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_tollgate").into()));
+        command.args(["--tool=callgrind", "--callgrind-out-file=callgrind", "--quiet"]).arg(program);
         Self::start(&mut command, exchange)
     }
 
