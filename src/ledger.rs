@@ -178,7 +178,7 @@ impl Account {
             .map_err(|error| anyhow::anyhow!("store.redis.url: {error}"))?;
         let waiting = (self.wait_queue.clone(), self.dependents.clone());
         let sync = RedisSync::new(replica, connection, keys, name, waiting, times);
-        Ok(Self { engine: Engine::Shared(Box::new(sync)), ..self })
+        Ok(Self { engine: Engine::Shared(Arc::new(sync)), ..self })
     }
 
     /// Reserves room for one request in every quota that it touches, or in none. A request that does not fit waits
@@ -259,9 +259,11 @@ impl Account {
         }
         let clock = Stopwatch::start();
         // A request behind others is denied at once if it could not fit in time even at the head of the queue.
-        if shortage.is_none_or(|shortage| shortage.may_clear_within(max_wait)) {
+        let may_change = self.override_end(demand).is_some_and(|end| end <= max_wait);
+        if may_change || shortage.is_none_or(|shortage| shortage.may_clear_within(max_wait)) {
             let attempt = async |left| {
-                self.try_reserve(demand).await.map_err(|shortage: Shortage| shortage.retry_after(left))
+                let reserved = self.try_reserve(demand).await;
+                reserved.map_err(|shortage| self.retry_after(demand, &shortage, left))
             };
             let reservation = Box::pin(self.wait_queue.wait_in_turn(max_wait, attempt)).await;
             *waited = Some(waited.unwrap_or_default() + clock.elapsed());
@@ -276,6 +278,19 @@ impl Account {
         let no_room = self.engine.reason_to_deny(demand);
         self.record_denial(demand, &no_room);
         Err(Refusal::NoRoom(no_room))
+    }
+
+    /// The time after which a request that may wait for the rest of `left` tries again. `None`: it cannot fit in time.
+    fn retry_after(&self, demand: &Demand<'_>, shortage: &Shortage, left: Duration) -> Option<Duration> {
+        let end = self.override_end(demand).filter(|end| *end <= left);
+        [shortage.retry_after(left), end].into_iter().flatten().min()
+    }
+
+    /// The time until the first override of the environment or of one of the upstreams ends, which may make room.
+    fn override_end(&self, demand: &Demand<'_>) -> Option<Duration> {
+        let of_upstreams = demand.backends.iter().filter_map(|backend| backend.account);
+        let engines = of_upstreams.map(|account| &account.engine).chain([&self.engine]);
+        engines.filter_map(Engine::override_end).min()
     }
 
     /// Counts a denied request, and records it in the quotas that had no room.

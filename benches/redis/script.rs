@@ -34,7 +34,11 @@ fn run_node(server: &Server, name: &str, quotas: &[Quota], calls: u64) -> Vec<Du
     let unused = |quota: &Quota| {
         let burst = quota.capacity();
         let level = (burst.cast_signed(), 0);
-        (CounterState::Rolling { limit: quota.limit, burst, level, held: 0, at: now }, OverrideMark::None)
+        (
+            CounterState::Rolling { limit: quota.limit, burst, level, held: 0, at: now },
+            OverrideMark::None,
+            true,
+        )
     };
     let join = commands.join(1, None, &quotas.iter().map(unused).collect::<Vec<_>>(), None);
     assert_eq!(call(&join), Verdict::Done);

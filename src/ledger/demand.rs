@@ -320,4 +320,6 @@ pub enum Progress {
     Within,
     /// It used more than is reserved, and the quotas have no room for an extension. Further tokens become debt.
     Overrun,
+    /// The same, but no quota without room is enforced: the environment is in shadow mode.
+    OverrunInShadow,
 }

@@ -12,7 +12,8 @@ use super::sync::{RedisStatus, RedisSync, upstream_demand};
 use super::usage_history::Totals;
 use crate::clock::{self, Timestamp};
 use crate::quota::{Amounts, QuotaLevel, Required, Subject};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// The counters of one account.
 #[derive(Debug)]
@@ -20,7 +21,7 @@ pub(super) enum Engine {
     /// The counters belong to this node alone.
     Local(Box<Mutex<Local>>),
     /// The counters are in Redis. This node has a replica of them.
-    Shared(Box<RedisSync>),
+    Shared(Arc<RedisSync>),
 }
 
 /// The counters of an account.
@@ -68,6 +69,13 @@ impl Engine {
             Self::Local(_) => false,
             Self::Shared(sync) => sync.with_replica(|replica| replica.is_closed()),
         }
+    }
+
+    /// The time until the first override ends. `None`: no override ends by itself.
+    pub(super) fn override_end(&self) -> Option<Duration> {
+        // A little later, so that it has ended.
+        self.with_local(|local, now| local.overrides.ms_to_next_end(now))
+            .map(|ms| Duration::from_millis(ms + 1))
     }
 
     /// Why a request whose wait has failed is denied.
@@ -202,12 +210,16 @@ impl Engine {
         key: QuotaKey<'_>,
         change: Option<&LimitChange>,
     ) -> Result<bool, ChangeFault> {
-        if let Self::Shared(sync) = self
-            && !sync.set_limit(key, change).await?
-        {
-            return Ok(false);
+        let mut exists = false;
+        if let Self::Shared(sync) = self {
+            exists = sync.set_limit(key, change).await?;
+            // Redis may not have the cell of a quota that the config does not have now. This node may know its override.
+            if !exists && change.is_some() {
+                return Ok(false);
+            }
         }
-        Ok(self.with_local(|local, now| local.set_limit(now, key, change)))
+        // This node may have removed the override already, because Redis no longer has it.
+        Ok(self.with_local(|local, now| local.set_limit(now, key, change)) || exists)
     }
 
     /// Sets whether quotas are enforced. `None`: by the config.
@@ -375,7 +387,10 @@ fn back(
 }
 
 /// As `at_first`, in Redis.
-async fn try_admit_by_redis(sync: &RedisSync, demand: &Demand<'_>) -> Result<(Admission, usize), Shortage> {
+async fn try_admit_by_redis(
+    sync: &Arc<RedisSync>,
+    demand: &Demand<'_>,
+) -> Result<(Admission, usize), Shortage> {
     let clamps = sync.with_replica(|replica| replica.local_mut().clamps(demand));
     if let Some(unclamped) = demand.unclamped().filter(|_| clamps)
         && let Ok(admitted) = try_in_order_by_redis(sync, &unclamped).await
@@ -386,7 +401,7 @@ async fn try_admit_by_redis(sync: &RedisSync, demand: &Demand<'_>) -> Result<(Ad
 }
 
 async fn try_in_order_by_redis(
-    sync: &RedisSync,
+    sync: &Arc<RedisSync>,
     demand: &Demand<'_>,
 ) -> Result<(Admission, usize), Shortage> {
     let mut all: Option<Shortage> = None;

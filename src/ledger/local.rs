@@ -370,12 +370,12 @@ impl Local {
         &mut self,
         now: Timestamp,
         demand: &Demand<'_>,
+        own: &Applicable,
         allowance: u64,
     ) -> Admission {
-        let own = self.quotas.applicable(demand.subject);
         let required = self.required(demand, allowance);
-        let receipt = self.quotas.reserve_unchecked(now, &own, &required);
-        self.admitted(now, demand, &own, receipt, None)
+        let receipt = self.quotas.reserve_unchecked(now, own, &required);
+        self.admitted(now, demand, own, receipt, None)
     }
 
     fn admitted(

@@ -157,6 +157,12 @@ impl Overrides {
         now >= self.next_end
     }
 
+    /// The time until the first override ends. `None`: no override ends by itself.
+    pub(super) fn ms_to_next_end(&self, now: Timestamp) -> Option<u64> {
+        (self.next_end.0 < i64::MAX)
+            .then(|| u64::try_from(self.next_end.0.saturating_sub(now.0)).unwrap_or(0))
+    }
+
     /// Removes the overrides that have ended. Returns whether there were any.
     pub(super) fn end_due(&mut self, now: Timestamp) -> bool {
         if !self.is_due(now) {
@@ -177,6 +183,11 @@ impl Overrides {
         &self.configured
     }
 
+    /// The quota of each cell, and whether the config has it.
+    pub(super) fn cells(&self) -> impl Iterator<Item = (&Quota, bool)> {
+        self.configured.iter().zip(self.is_active.iter().copied())
+    }
+
     /// The quotas of the config, with their cells.
     pub(super) fn active(&self) -> impl Iterator<Item = (usize, &Quota)> {
         self.configured.iter().enumerate().filter(|(cell, _)| self.is_active[*cell])
@@ -185,6 +196,12 @@ impl Overrides {
     /// The quotas of the config that match the key, with their cells.
     pub(super) fn matching<'q>(&'q self, key: QuotaKey<'q>) -> impl Iterator<Item = (usize, &'q Quota)> {
         self.active().filter(move |(_, quota)| key.matches(quota))
+    }
+
+    /// The quotas with an override that match the key, with their cells. The config need not have them now.
+    pub(super) fn overridden<'q>(&'q self, key: QuotaKey<'q>) -> impl Iterator<Item = (usize, &'q Quota)> {
+        let cells = self.configured.iter().enumerate();
+        cells.filter(move |(_, quota)| key.matches(quota) && self.set.of(quota).is_some())
     }
 
     /// The overrides.
@@ -243,19 +260,24 @@ impl Overrides {
         differs
     }
 
-    /// Sets limit and burst of the quotas that match the key. `None`: restores the limits of the config. Returns
-    /// whether a quota matches.
+    /// Sets limit and burst of the quotas that match the key. `None`: restores the limits of the config, and removes the
+    /// overrides of quotas that the config does not have now. Returns whether a quota matches.
     pub(super) fn set_limit(&mut self, key: QuotaKey<'_>, change: Option<&LimitChange>) -> bool {
         let named: Vec<Quota> = self.matching(key).map(|(_, quota)| quota.clone()).collect();
-        for quota in &named {
-            self.set.limits.retain(|other| !other.quota.is_same_as(quota));
-            if let Some(LimitChange { limit, burst, origin }) = change {
-                let quota = quota.with_limit(*limit, *burst);
-                self.set.limits.push(LimitOverride { quota, origin: origin.clone() });
-            }
-        }
-        if named.is_empty() {
+        let known = self.set.limits.len();
+        self.set.limits.retain(|other| {
+            let is_removed = change.is_none() && key.matches(&other.quota);
+            !is_removed && !named.iter().any(|quota| other.quota.is_same_as(quota))
+        });
+        if named.is_empty() && self.set.limits.len() == known {
             return false;
+        }
+        if let Some(LimitChange { limit, burst, origin }) = change {
+            let of_quota = |quota: &Quota| LimitOverride {
+                quota: quota.with_limit(*limit, *burst),
+                origin: origin.clone(),
+            };
+            self.set.limits.extend(named.iter().map(of_quota));
         }
         self.mark_changed();
         true

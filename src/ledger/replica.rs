@@ -320,6 +320,11 @@ impl Replica {
     /// releases it.
     pub(super) fn cancel(&mut self, id: u64) {
         self.pending.remove(&id);
+        self.push_cancellation(id);
+    }
+
+    /// Like `cancel`, but another cancellation follows. Until then Redis may get the reservation.
+    pub(super) fn push_cancellation(&mut self, id: u64) {
         let (pieces, acknowledged) = (smallvec::SmallVec::new(), Amounts::default());
         let nothing = TrackedReservation { may_be_in_redis: true, is_confirmed: false, pieces, acknowledged };
         self.journal.push_settlement(id, Amounts::default(), nothing);

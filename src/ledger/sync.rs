@@ -102,9 +102,9 @@ struct PendingAdmission<'a> {
 
 impl Drop for PendingAdmission<'_> {
     fn drop(&mut self) {
-        let Some(id) = self.id else { return };
-        self.sync.with_replica(|replica| replica.cancel(id));
-        self.sync.wake_task();
+        if let Some(id) = self.id {
+            self.sync.cancel(id);
+        }
     }
 }
 
@@ -204,6 +204,12 @@ impl RedisSync {
             }
         }
         None
+    }
+
+    /// Cancels a reservation that was requested and whose decision is unknown.
+    fn cancel(&self, id: u64) {
+        self.with_replica(|replica| replica.cancel(id));
+        self.wake_task();
     }
 
     fn try_admit_offline(&self, demand: &Demand<'_>) -> Result<Admission, NoRoom> {

@@ -290,9 +290,8 @@ impl Metered {
     /// Applies `on_overrun`: the stream continues and its excess becomes debt, or it ends here with
     /// `finish_reason: "length"`. A compressed stream is aborted, because no event can be added to it.
     fn overrun(&mut self) {
-        let Environment { enforce, reserve, .. } = &*self.context.environment;
-        // Shadow mode changes no answer.
-        if !enforce || reserve.on_overrun == OnOverrun::Finish || self.reader.is_whole() {
+        let on_overrun = self.context.environment.reserve.on_overrun;
+        if on_overrun == OnOverrun::Finish || self.reader.is_whole() {
             return;
         }
         let Some(reader) = self.reader.as_stream() else {
@@ -434,6 +433,8 @@ impl Metered {
         } else {
             Unreported::Raw { reader: Box::new(std::mem::take(&mut self.reader)), was_cut }
         };
+        // The upstream reports at the end of a stream, for which the caller has not waited.
+        let is_left = was_cut && charge.record.outcome == RequestOutcome::CallerGone;
         let own = OwnFigures {
             prompt: if is_success { estimated_prompt } else { 0 },
             has_prompt: is_success && has_prompt,
@@ -446,7 +447,7 @@ impl Metered {
             reported: if skips_cached { reported.without_cached() } else { reported },
             own,
             is_success,
-            expects_usage: is_success && is_counted,
+            expects_usage: is_success && is_counted && !is_left,
             is_unreadable,
             tokenizer,
         };

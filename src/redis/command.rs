@@ -247,7 +247,7 @@ impl CommandBuilder {
         &mut self,
         stamp: u64,
         sent: Option<SentSteps>,
-        states: &[(CounterState, OverrideMark)],
+        states: &[(CounterState, OverrideMark, bool)],
         enforce: Option<EnforceMark>,
     ) -> ScriptCommand {
         let mut command = self.begin_expiring("join", 6);
@@ -259,7 +259,9 @@ impl CommandBuilder {
             .for_each(|number| command.push_int(number));
         EnforceMark::numbers(enforce).into_iter().for_each(|number| command.push_int(number));
         command.push_int(self.cells.quotas().len() as u64);
-        for (index, (quota, (state, mark))) in self.cells.quotas().iter().zip(states).enumerate() {
+        for (index, (quota, (state, mark, is_in_config))) in
+            self.cells.quotas().iter().zip(states).enumerate()
+        {
             command.push_text(self.cells.name(index));
             command.push_int(kind_number(quota.kind));
             command.push_text(&calendar_class(quota));
@@ -279,6 +281,7 @@ impl CommandBuilder {
             command.push_text(&whole.to_string());
             command.push_int(fraction);
             command.push_int(turn);
+            command.push_int(u64::from(*is_in_config));
         }
         command
     }

@@ -415,9 +415,9 @@ impl<'a> Replay<'a> {
 
     /// Whether an overrun ends the streams of an environment.
     fn cuts(&self, environment: usize) -> bool {
-        let Environment { enforce, reserve, .. } = self.traffic.members[environment].environment;
+        let Environment { reserve, .. } = self.traffic.members[environment].environment;
         let is_as_configured = self.environments[environment].mode == Mode::Configured;
-        is_as_configured && *enforce && reserve.on_overrun == OnOverrun::Cut
+        is_as_configured && reserve.on_overrun == OnOverrun::Cut
     }
 
     fn end(&mut self, running: CallInFlight<'a>, spent: Amounts) {

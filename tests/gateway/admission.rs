@@ -387,6 +387,93 @@ async fn on_overrun_cut_ends_the_stream_with_finish_reason_length() {
 }
 
 #[tokio::test]
+async fn on_overrun_cut_follows_enforce_of_the_admin_api_and_limits_of_the_upstream() {
+    let limit = "{ completion_tokens: { limit: 20, per: day, window: calendar } }";
+    for (enforce, set, is_at_upstream, is_cut) in [
+        (true, Some(false), false, false),
+        (false, Some(true), false, true),
+        (false, None, false, false),
+        (false, None, true, true),
+    ] {
+        let events: Vec<String> = (0..40).map(|_| delta("word ")).collect();
+        let upstream = Upstream::always(Answer::stream().events(&events).event(DONE).end()).await;
+        let (own, of_upstream) = if is_at_upstream {
+            ("{ requests: { limit: 9, per: hour } }", format!(", quotas: {limit}"))
+        } else {
+            (limit, String::new())
+        };
+        let text = format!(
+            "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
+             upstreams: {{ backend: {{ base_url: 'http://{}/v1'{of_upstream} }} }}\n\
+             environments: {{ staging: {{ upstream: backend, reserve: {{ completion: 5, on_overrun: cut }}, enforce: {enforce}, quotas: {own} }} }}\n\
+             default_environment: staging\nstore: {{ memory: true }}\n",
+            upstream.address
+        );
+        let gateway = Gateway::from_config(&text).await;
+        if let Some(set) = set {
+            let mut admin = Caller::connect(gateway.admin).await;
+            let body = format!(r#"{{"enforce":{set}}}"#);
+            let (host, length) = (gateway.admin, body.len());
+            let head = "PATCH /api/environments/staging HTTP/1.1";
+            admin
+                .send(format!("{head}\r\nhost: {host}\r\ncontent-length: {length}\r\n\r\n{body}").as_bytes())
+                .await;
+            assert_eq!(admin.reply().await.status, 200);
+        }
+        let reply = gateway.chat(&hello(r#""stream":true"#)).await;
+        let was_cut = reply.text().contains(r#""finish_reason":"length""#);
+        assert_eq!(was_cut, is_cut, "{enforce} {set:?} {is_at_upstream}: {}", reply.text());
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_waits_goes_on_when_an_override_ends() {
+    for (file, set, target) in [
+        (
+            "quotas: { requests: { limit: 100, per: day } }",
+            r#"{"limit": 1, "for": "1s"}"#,
+            "/quotas/requests/day",
+        ),
+        (
+            "enforce: false, quotas: { requests: { limit: 1, per: day } }",
+            r#"{"enforce": true, "for": "1s"}"#,
+            "",
+        ),
+    ] {
+        let upstream = gated_upstream(8, 1).await;
+        let text = format!(
+            "server: {{ listen: '127.0.0.1:0' }}\nadmin: {{ listen: '127.0.0.1:0' }}\n\
+             upstreams: {{ backend: {{ base_url: 'http://{}/v1' }} }}\n\
+             environments: {{ staging: {{ upstream: backend, reserve: {{ completion: max_tokens, max_wait: 30s }}, {file} }} }}\n\
+             default_environment: staging\nstore: {{ memory: true }}\n",
+            upstream.address
+        );
+        let gateway = Gateway::from_config(&text).await;
+        let mut admin = Caller::connect(gateway.admin).await;
+        let method = if target.is_empty() { "PATCH" } else { "PUT" };
+        let (host, length) = (gateway.admin, set.len());
+        let head = format!("{method} /api/environments/staging{target} HTTP/1.1\r\nhost: {host}");
+        admin.send(format!("{head}\r\ncontent-length: {length}\r\n\r\n{set}").as_bytes()).await;
+        assert_eq!(admin.reply().await.status, 200);
+        let mut callers = Vec::new();
+        for _ in 0..2 {
+            let mut caller = gateway.caller().await;
+            caller.request("POST", CHAT, "", HELLO.as_bytes()).await;
+            callers.push(caller);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert_eq!(upstream.seen().len(), 1, "{file}: the second request waits");
+        // The first one holds its room until its gate is opened.
+        let second = tokio::time::timeout(Duration::from_secs(10), upstream.wait_until_seen(2)).await;
+        assert!(second.is_ok(), "{file}: the second request waits though the override has ended");
+        for caller in &mut callers {
+            upstream.open_gate();
+            assert_eq!(caller.reply().await.status, 200);
+        }
+    }
+}
+
+#[tokio::test]
 async fn on_disconnect_drain_reads_the_answer_to_its_end_after_the_caller_hangs_up() {
     let stream =
         Answer::stream().event(&delta("Hi")).then(Step::Gate).event(&usage_event(9, 77)).event(DONE).end();

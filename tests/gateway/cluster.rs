@@ -1,5 +1,6 @@
 //! Gateways that share quotas in Redis, with and without faults of Redis. Each test starts its own Redis server.
 
+mod changes;
 mod failovers;
 mod failure_policies;
 mod load;

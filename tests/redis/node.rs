@@ -87,8 +87,13 @@ impl Node {
     }
 }
 
+/// The states of a reply as those of quotas that the config has, for a join.
+pub fn of_config(states: &[(CounterState, OverrideMark)]) -> Vec<(CounterState, OverrideMark, bool)> {
+    states.iter().map(|(state, mark)| (state.clone(), *mark, true)).collect()
+}
+
 /// The states of unused quotas without overrides.
-pub fn full_states(quotas: &[Quota], now: Timestamp) -> Vec<(CounterState, OverrideMark)> {
+pub fn full_states(quotas: &[Quota], now: Timestamp) -> Vec<(CounterState, OverrideMark, bool)> {
     let full = |quota: &Quota| match quota.window {
         Window::Rolling { burst } => CounterState::Rolling {
             limit: quota.limit,
@@ -101,5 +106,5 @@ pub fn full_states(quotas: &[Quota], now: Timestamp) -> Vec<(CounterState, Overr
             CalendarPeriod::new(quota.limit, unit, zone.clone(), now).state()
         }
     };
-    quotas.iter().map(|quota| (full(quota), OverrideMark::None)).collect()
+    quotas.iter().map(|quota| (full(quota), OverrideMark::None, true)).collect()
 }

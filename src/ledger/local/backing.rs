@@ -22,6 +22,11 @@ impl<'a> Backing<'a> {
         Self { counters, applicable, is_full }
     }
 
+    /// The same counters, with the quotas that applied when the request was made.
+    pub(in crate::ledger) fn with_quotas(self, applicable: Applicable) -> Self {
+        Self { applicable, ..self }
+    }
+
     /// The same counters. `is_full`: the maximum number of requests is in flight on all nodes.
     pub(in crate::ledger) fn with_full(self, is_full: bool) -> Self {
         Self { is_full, ..self }

@@ -49,7 +49,7 @@ impl Local {
             // Debt grows in steps too, and so does an answer that is longer than its request allows. Otherwise every event
             // of a stream would call this function.
             let is_beyond_cap = grant.reserved.completion > grant.cap;
-            let step = if outcome == Progress::Overrun || is_beyond_cap { MIN_EXTENSION } else { 0 };
+            let step = if outcome != Progress::Within || is_beyond_cap { MIN_EXTENSION } else { 0 };
             grant.progress_threshold = grant.reserved.completion.saturating_add(step);
         }
         outcome
@@ -82,7 +82,20 @@ impl Local {
             let extended = if may_extend { self.quotas.extend(now, first, more(tokens)) } else { None };
             Some((tokens, extended?))
         });
-        let outcome = if fitting.is_some() { Progress::Within } else { Progress::Overrun };
+        let outcome = if fitting.is_some() {
+            Progress::Within
+        } else {
+            // The quotas of the upstream hold in shadow mode too.
+            let is_upstream_short = match &mut upstream {
+                Some((counters, grant)) => !counters.can_extend(now, grant, more(missing)),
+                None => false,
+            };
+            if self.rules.enforce || is_upstream_short {
+                Progress::Overrun
+            } else {
+                Progress::OverrunInShadow
+            }
+        };
         let (tokens, receipt) =
             fitting.unwrap_or_else(|| (missing, self.quotas.extend_unchecked(now, first, more(missing))));
         if let Some((counters, grant)) = upstream

@@ -395,8 +395,12 @@ mod properties {
     fn begin(c: &mut Local, model: &str, generates: bool, is_shared: bool) -> Box<Grant> {
         let subject = Subject { caller: None, model };
         let demand = Demand { subject, generates, ..demand(10, None) };
-        let admission =
-            if is_shared { c.admit_regardless(NOW, &demand, 9) } else { c.admit(NOW, &demand).unwrap() };
+        let admission = if is_shared {
+            let own = c.quotas.applicable(demand.subject);
+            c.admit_regardless(NOW, &demand, &own, 9)
+        } else {
+            c.admit(NOW, &demand).unwrap()
+        };
         admission.grant
     }
 

@@ -15,7 +15,10 @@ pub(in crate::ledger) struct ReserveCall {
     pub(in crate::ledger) command: ScriptCommand,
     pub(in crate::ledger) id: u64,
     allowance: u64,
+    /// The quotas that apply to the request. Redis decides on these, and holds in the limited ones. So the request holds in
+    /// the same ones here, even if a quota has got or lost its limit meanwhile.
     touched: Applicable,
+    terms: Terms,
     /// `Replica::losses` when the call was made.
     losses: u64,
     /// The number of the first step that Redis had not acknowledged when the call was made.
@@ -23,6 +26,13 @@ pub(in crate::ledger) struct ReserveCall {
     /// The journal had unsent steps when the call was made. Redis may therefore not yet have had the room that this
     /// node's requests released.
     pub(in crate::ledger) had_unsent_steps: bool,
+}
+
+/// The rules of the config by which Redis decides on a call, and this node on the reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Terms {
+    enforce: bool,
+    max_in_flight: Option<u64>,
 }
 
 /// The outcome of a `ReserveCall`.
@@ -65,7 +75,13 @@ impl Replica {
         let command = self.commands.reserve(&request, touched.limited());
         let (losses, first_step) = (self.losses, self.journal.first);
         let had_unsent_steps = self.has_unsent_steps();
-        Some(ReserveCall { command, id, allowance, touched, losses, first_step, had_unsent_steps })
+        let terms = self.terms();
+        Some(ReserveCall { command, id, allowance, touched, terms, losses, first_step, had_unsent_steps })
+    }
+
+    pub(super) fn terms(&self) -> Terms {
+        let rules = &self.local.rules;
+        Terms { enforce: rules.enforce, max_in_flight: rules.max_in_flight }
     }
 
     pub(super) fn on_shortage(&self, demand: &Demand<'_>, allowance: u64) -> OnShortage {
@@ -113,18 +129,17 @@ impl Replica {
         let in_flight = value(reply, 0);
         self.nodes = value(reply, 1).max(1);
         let is_full = self.local.rules.max_in_flight.is_some_and(|max| in_flight >= max);
-        // The states may have changed which quotas have a limit.
-        let own = self.local.quotas.applicable(demand.subject);
-        let decided = self.local.try_admit_with(reply.now, demand, &own, call.allowance, is_full, None);
-        let decided = self.align_with_redis(decided, was_admitted, demand, call, reply);
+        let decided =
+            self.local.try_admit_with(reply.now, demand, &call.touched, call.allowance, is_full, None);
+        let outcome = self.align_with_redis(decided, was_admitted, demand, call, reply);
         for (&index, state) in call.touched.limited().iter().zip(&newer_states) {
             self.local.quotas.load_again(reply.now, index as usize, state);
         }
-        ReserveOutcome::Decided(decided)
+        outcome
     }
 
-    /// Replaces this node's decision by that of Redis. They differ only if the node and the script have different
-    /// versions of the code.
+    /// Replaces this node's decision by that of Redis. They differ only if the rules have changed since the call was made, or
+    /// if the node and the script have different versions of the code.
     fn align_with_redis(
         &mut self,
         decided: Result<Admission, NoRoom>,
@@ -132,20 +147,26 @@ impl Replica {
         demand: &Demand<'_>,
         call: &ReserveCall,
         reply: &ScriptReply,
-    ) -> Result<Admission, NoRoom> {
-        report_difference(decided.is_ok(), was_admitted);
-        match decided {
+    ) -> ReserveOutcome {
+        let has_changed = call.terms != self.terms();
+        if !has_changed {
+            report_difference(decided.is_ok(), was_admitted);
+        }
+        ReserveOutcome::Decided(match decided {
             Ok(admission) if was_admitted => Ok(self.track_online(call.id, admission)),
             Ok(admission) => {
                 self.local.revert(reply.now, demand.subject.model, admission.grant);
+                if has_changed {
+                    return ReserveOutcome::Retry;
+                }
                 Err(NoRoom::InFlight { limit: value(reply, 0), upstream: None })
             }
             Err(_) if was_admitted => {
-                let admission = self.local.admit_regardless(reply.now, demand, call.allowance);
+                let admission = self.local.admit_regardless(reply.now, demand, &call.touched, call.allowance);
                 Ok(self.track_online(call.id, admission))
             }
             Err(no_room) => Err(no_room),
-        }
+        })
     }
 
     /// Admits a request from this node's lease. `None`: there is no lease, or it has too little left.
@@ -160,12 +181,12 @@ impl Replica {
         let touched = self.local.quotas.applicable(demand.subject);
         let allowance = self.local.allowance(demand, &touched, None);
         let required = self.local.required(demand, allowance);
-        let touched = touched.limited();
+        let limited = touched.limited();
         let now = self.redis_time(own);
-        self.lease.as_mut()?.take(now, self.local.overrides.configured(), touched, &required)?;
+        self.lease.as_mut()?.take(now, self.local.overrides.configured(), limited, &required)?;
         let id = self.take_id();
-        self.journal.push(self.commands.leased_admission_step(id.to_string(), required.amounts, touched));
-        let admission = self.local.admit_regardless(now, demand, allowance);
+        self.journal.push(self.commands.leased_admission_step(id.to_string(), required.amounts, limited));
+        let admission = self.local.admit_regardless(now, demand, &touched, allowance);
         Some(self.track_online(id, admission))
     }
 

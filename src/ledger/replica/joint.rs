@@ -2,7 +2,7 @@
 //! tracks its part and reports its settlement by itself.
 
 use super::Replica;
-use super::admission::{ReserveOutcome, report_difference};
+use super::admission::{ReserveOutcome, Terms, report_difference};
 use super::session::value;
 use crate::clock::Timestamp;
 use crate::ledger::demand::{Admission, Demand, Grant, NoRoom, Progress};
@@ -27,6 +27,7 @@ pub(in crate::ledger) struct JointCall {
 pub(in crate::ledger) struct CallPart {
     pub(in crate::ledger) id: u64,
     touched: Applicable,
+    terms: Terms,
     /// `Replica::losses` when the call was made.
     losses: u64,
     /// The number of the first step that Redis had not acknowledged when the call was made.
@@ -46,6 +47,11 @@ impl<'a> UpstreamReplica<'a> {
 
     fn backing(&mut self) -> Backing<'_> {
         Backing::new(self.replica.local_mut(), self.model)
+    }
+
+    /// The same, with the quotas on which Redis has decided.
+    fn backing_of(&mut self, part: &CallPart) -> Backing<'_> {
+        self.backing().with_quotas(part.touched.clone())
     }
 }
 
@@ -90,7 +96,7 @@ impl Replica {
         let id = self.take_id();
         self.pending.insert(id);
         self.set_command_time(own);
-        CallPart { id, touched, losses: self.losses, first_step: self.journal.first }
+        CallPart { id, touched, terms: self.terms(), losses: self.losses, first_step: self.journal.first }
     }
 
     /// Applies the reply to a `JointCall`. Repeats the decision of Redis with the code that decides without Redis.
@@ -128,10 +134,10 @@ impl Replica {
         let newer = self.load_part(&call.own, &of_own);
         let newer_upstream = upstream.replica.load_part(&call.upstream, &of_upstream);
         let decided = self.decide_at(demand, call, (&of_own, &of_upstream), upstream);
-        let decided = self.align_at(decided, was_admitted, demand, call, (&of_own, &of_upstream), upstream);
+        let outcome = self.align_at(decided, was_admitted, demand, call, (&of_own, &of_upstream), upstream);
         self.restore_part(&call.own, &of_own, &newer);
         upstream.replica.restore_part(&call.upstream, &of_upstream, &newer_upstream);
-        ReserveOutcome::Decided(decided)
+        outcome
     }
 
     fn has_lost(&self, part: &CallPart) -> bool {
@@ -169,10 +175,9 @@ impl Replica {
         };
         let is_upstream_full = is_full(upstream.replica, of_upstream);
         let is_full = is_full(self, reply);
-        let mut backing = upstream.backing().with_full(is_upstream_full);
-        // The states may have changed which quotas have a limit.
-        let own = self.local.quotas.applicable(demand.subject);
-        self.local.try_admit_with(reply.now, demand, &own, call.allowance, is_full, Some(&mut backing))
+        let mut backing = upstream.backing_of(&call.upstream).with_full(is_upstream_full);
+        let own = &call.own.touched;
+        self.local.try_admit_with(reply.now, demand, own, call.allowance, is_full, Some(&mut backing))
     }
 
     /// Replaces this node's decision by that of Redis, as `align_with_redis` does.
@@ -184,25 +189,32 @@ impl Replica {
         call: &JointCall,
         (reply, of_upstream): (&ScriptReply, &ScriptReply),
         upstream: &mut UpstreamReplica<'_>,
-    ) -> Result<Admission, NoRoom> {
-        report_difference(decided.is_ok(), was_admitted);
-        match decided {
+    ) -> ReserveOutcome {
+        let has_changed = call.own.terms != self.terms() || call.upstream.terms != upstream.replica.terms();
+        if !has_changed {
+            report_difference(decided.is_ok(), was_admitted);
+        }
+        ReserveOutcome::Decided(match decided {
             Ok(admission) if was_admitted => Ok(self.track_at(call, admission, upstream)),
             Ok(admission) => {
                 self.local.revert(reply.now, demand.subject.model, admission.grant);
                 if let Some(mut grant) = admission.upstream {
                     upstream.replica.local.release_backing(of_upstream.now, &mut grant);
                 }
+                if has_changed {
+                    return ReserveOutcome::Retry;
+                }
                 Err(NoRoom::InFlight { limit: value(reply, 0), upstream: None })
             }
             Err(_) if was_admitted => {
-                let mut admission = self.local.admit_regardless(reply.now, demand, call.allowance);
-                let required = self.local.required(demand, call.allowance);
-                admission.back(reply.now, &mut upstream.backing(), &required);
+                let (own, allowance) = (&call.own.touched, call.allowance);
+                let mut admission = self.local.admit_regardless(reply.now, demand, own, allowance);
+                let required = self.local.required(demand, allowance);
+                admission.back(reply.now, &mut upstream.backing_of(&call.upstream), &required);
                 Ok(self.track_at(call, admission, upstream))
             }
             Err(no_room) => Err(no_room),
-        }
+        })
     }
 
     fn track_at(
@@ -237,14 +249,14 @@ impl Replica {
         let required = self.local.required(demand, allowance);
         let now = self.redis_time(own);
         let of_upstream = upstream.replica.local.quotas.applicable(upstream.subject());
-        let (touched, of_upstream) = (touched.limited(), of_upstream.limited());
+        let (limited, of_upstream) = (touched.limited(), of_upstream.limited());
         if !upstream.replica.lease_has(now, of_upstream, &required) {
             return None;
         }
-        self.lease.as_mut()?.take(now, self.local.overrides.configured(), touched, &required)?;
+        self.lease.as_mut()?.take(now, self.local.overrides.configured(), limited, &required)?;
         let id = self.take_id();
-        self.journal.push(self.commands.leased_admission_step(id.to_string(), required.amounts, touched));
-        let mut admission = self.local.admit_regardless(now, demand, allowance);
+        self.journal.push(self.commands.leased_admission_step(id.to_string(), required.amounts, limited));
+        let mut admission = self.local.admit_regardless(now, demand, &touched, allowance);
         upstream.replica.take_leased(now, of_upstream, &required);
         admission.back(now, &mut upstream.backing(), &required);
         if let Some(grant) = &mut admission.upstream {

@@ -23,7 +23,8 @@ fn from_text(bytes: &[u8], until: Option<Timestamp>) -> Option<OverrideOrigin> {
 }
 
 impl Replica {
-    /// The command that sets the limit of each quota that matches the key. `None`: no quota matches.
+    /// The command that sets the limit of each quota that matches the key. To remove overrides, it also names quotas that
+    /// only have one, and are not in the config now. `None`: no quota matches.
     pub(in crate::ledger) fn limit_command(
         &mut self,
         own: Timestamp,
@@ -36,7 +37,12 @@ impl Replica {
                 change.map_or((quota.limit, quota.capacity()), |change| (change.limit, change.burst));
             (index, NewLimit { limit, burst: quota.with_limit(limit, burst).capacity() })
         };
-        let changes: Vec<_> = self.local.overrides.matching(key).map(of_quota).collect();
+        let overrides = &self.local.overrides;
+        let mut changes: Vec<_> = overrides.matching(key).map(of_quota).collect();
+        if change.is_none() {
+            let known: Vec<usize> = changes.iter().map(|(cell, _)| *cell).collect();
+            changes.extend(overrides.overridden(key).filter(|(cell, _)| !known.contains(cell)).map(of_quota));
+        }
         let mark = change.map_or(OverrideMark::None, |change| OverrideMark::until(change.origin.until));
         let origin = change.map(|change| to_text(&change.origin)).unwrap_or_default();
         (!changes.is_empty()).then(|| self.commands.limit(mark, &origin, &changes))

@@ -8,7 +8,7 @@ use crate::clock::Timestamp;
 use crate::ledger::durability::RestoredState;
 use crate::ledger::replica::lease::Lease;
 use crate::quota::{CarriedAmount, CounterState, Quota, Takeover};
-use crate::redis::{Cells, OverrideMark, ScriptCommand};
+use crate::redis::{Cells, ScriptCommand};
 
 /// The settings of a config that a replica adopts.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,9 +30,13 @@ impl Replica {
         let in_force = self.local.overrides.apply_to(&settings.quotas);
         next.reconfigure(&in_force, now, Takeover::Separate, |_| None);
         let cells = self.local.cells_of_config(&next, &settings.quotas);
+        let states: Vec<_> = next
+            .states(now)
+            .into_iter()
+            .zip(&cells)
+            .map(|(state, (quota, is_in_config))| (state, self.override_mark(quota), *is_in_config))
+            .collect();
         let quotas: Vec<Quota> = cells.into_iter().map(|(quota, _)| quota).collect();
-        let marks: Vec<OverrideMark> = quotas.iter().map(|quota| self.override_mark(quota)).collect();
-        let states: Vec<_> = next.states(now).into_iter().zip(marks).collect();
         let mut commands = self.commands.clone();
         commands.set_cells(Cells::new(&quotas, now));
         let enforce = self.enforce_mark();

@@ -34,9 +34,13 @@ impl Replica {
             (None, None) => self.local.quotas.states(now),
         };
         self.all_tracked().for_each(|(_, tracked)| tracked.is_confirmed = false);
-        let configured = self.local.overrides.configured();
-        let marks: Vec<OverrideMark> = configured.iter().map(|quota| self.override_mark(quota)).collect();
-        let states: Vec<_> = states.into_iter().zip(marks).collect();
+        let cells = self.local.overrides.cells();
+        let cells = cells.map(|(quota, is_in_config)| (self.override_mark(quota), is_in_config));
+        let states: Vec<_> = states
+            .into_iter()
+            .zip(cells)
+            .map(|(state, (mark, is_in_config))| (state, mark, is_in_config))
+            .collect();
         // Redis may have forgotten an old session although it has applied all its steps.
         if own.ms_since(self.last_reply) > MAX_REPEAT_AGE_MS {
             self.journal.forget_acknowledged();

@@ -8,15 +8,45 @@ use crate::ledger::replica::admission::ReserveOutcome;
 use crate::ledger::replica::joint::UpstreamReplica;
 use crate::quota::{Amounts, QuotaStatus, Subject};
 use crate::redis::CallRefusal;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use tokio::runtime::Handle;
+use tokio::time::sleep;
+
+/// The upstream's part of a reservation that was requested on the environment's connection. If the request is dropped before
+/// the reply, dropping this value cancels the part.
+///
+/// The upstream sends the cancellation on its own connection, where it could arrive before the reservation and have no
+/// effect. So it is sent once a later call of the environment has ended, and again when Redis would refuse the reservation
+/// because of its age: the environment may have lost its connection.
+struct PendingPart<'a> {
+    environment: &'a Arc<RedisSync>,
+    upstream: &'a Arc<RedisSync>,
+    id: Option<u64>,
+}
+
+impl Drop for PendingPart<'_> {
+    fn drop(&mut self) {
+        let Some(id) = self.id else { return };
+        let (environment, upstream) = (self.environment.clone(), self.upstream.clone());
+        let Ok(runtime) = Handle::try_current() else { return upstream.cancel(id) };
+        runtime.spawn(async move {
+            environment.refresh().await;
+            upstream.with_replica(|replica| replica.push_cancellation(id));
+            upstream.wake_task();
+            sleep(environment.times.max_call_delay).await;
+            upstream.cancel(id);
+        });
+    }
+}
 
 impl RedisSync {
     /// Like `try_admit`, in the quotas of the environment and of the upstream together. `model`: the name that is sent to
     /// the upstream.
     pub(in crate::ledger) async fn try_admit_at(
-        &self,
+        self: &Arc<Self>,
         demand: &Demand<'_>,
-        upstream: &Self,
+        upstream: &Arc<Self>,
         model: &str,
     ) -> Result<Admission, NoRoom> {
         for sync in [self, upstream] {
@@ -52,9 +82,9 @@ impl RedisSync {
 
     /// One call to Redis for both. `None`: one of the two does not have Redis.
     async fn try_admit_at_by_redis(
-        &self,
+        self: &Arc<Self>,
         demand: &Demand<'_>,
-        upstream: &Self,
+        upstream: &Arc<Self>,
         model: &str,
     ) -> Option<Result<Admission, NoRoom>> {
         let mut has_refreshed = false;
@@ -69,7 +99,8 @@ impl RedisSync {
                 replica.reserve_call_at(clock::now(), demand, upstream)
             })?;
             let mut pending = PendingAdmission { sync: self, id: Some(call.own.id) };
-            let mut pending_upstream = PendingAdmission { sync: upstream, id: Some(call.upstream.id) };
+            let mut pending_upstream =
+                PendingPart { environment: self, upstream, id: Some(call.upstream.id) };
             let keys = [&self.keys[..], &upstream.keys[..]].concat();
             let reply = permit.call(&keys, &call.command).await.ok()?;
             (pending.id, pending_upstream.id) = (None, None);

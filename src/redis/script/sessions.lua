@@ -3,12 +3,14 @@
 -- Reads the node's copy of a cell. The arguments are kind, class (empty: a rolling quota), period, limit and burst of
 -- the config, limit and burst in force, and their override: 0: none, 1: until it is deleted, else when it ends. Three
 -- numbers of the state with nothing held follow: level, fraction and 0 for a rolling quota; used, 0 and turn for a
--- calendar quota and for an unlimited one. Returns nil if the bounds of a calendar period are stale.
+-- calendar quota and for an unlimited one. Then 1 if the config has the quota, 0 if only the node's counters still do.
+-- Returns nil if the bounds of a calendar period are stale.
 local function read_cell()
   local kind, class, per = read_int(), read_text(), read_int()
   local configured = { limit = read_int(), burst = read_int() }
   local limit, burst, override = read_int(), read_int(), read_int()
   local whole, fraction, turn = read_int(), read_int(), read_int()
+  configured.is_in_config = read_int() == 1
   local cell = { kind = kind, per = per, limit = limit, burst = burst, held = 0, override = override, seen = now }
   if override ~= 0 then cell.file_limit, cell.file_burst = configured.limit, configured.burst end
   if class == '' then
@@ -121,8 +123,8 @@ local function by_owner_and_kind(names)
   return groups
 end
 
--- Created cells continue cells that this node does not have, of the same owner and kind: they belong to quotas whose
--- period, window or time zone has changed. The longest period continues the longest. The used
+-- Created cells, and those that are in use again, continue cells that this node does not have, of the same owner and kind:
+-- they belong to quotas whose period, window or time zone has changed. The longest period continues the longest. The used
 -- amount stays, up to the new capacity. An unlimited quota counts from zero.
 local function continue_removed(created, own_names)
   local is_own, removed = {}, {}
@@ -218,6 +220,25 @@ local function must_set_limits()
   return is_newest
 end
 
+-- The cells that exist, and that the newest config before this one did not have.
+local function cells_used_again(names, configured)
+  local packed = redis.call('HGET', meta_key, 'names')
+  if not packed then return {} end
+  local is_known, again = {}, {}
+  for _, name in ipairs(cmsgpack.unpack(packed)) do is_known[name] = true end
+  for _, name in ipairs(names) do
+    if cells[name] and configured[name].is_in_config and not is_known[name] then again[#again + 1] = name end
+  end
+  return again
+end
+
+-- Records the cells of the newest config.
+local function record_names(names, configured)
+  local own = {}
+  for _, name in ipairs(names) do if configured[name].is_in_config then own[#own + 1] = name end end
+  redis.call('HSET', meta_key, 'names', cmsgpack.pack(own))
+end
+
 -- Opens a session for the first time or again. Missing cells are created from the node's state. Existing cells take
 -- their limits from the newest config of the nodes alive, unless an administrator set them: from the one with the
 -- highest stamp, and among equal ones from that of the session that joined last. Replies with six numbers: cells
@@ -256,7 +277,7 @@ function commands.join()
   end
   local config = { stamp, first_joined == 0 and now or first_joined }
   local others, is_newest = compare_config(config)
-  local created, differing = {}, 0
+  local created, differing, continuing = {}, 0, cells_used_again(names, configured)
   for _, name in ipairs(names) do
     local cell, node, new = cells[name], from_node[name], configured[name]
     local is_overridden = cell and cell.override ~= 0
@@ -277,7 +298,10 @@ function commands.join()
       is_changed[name] = true
     end
   end
-  if #created > 0 then continue_removed(created, names) end
+  for _, name in ipairs(continuing) do is_changed[name] = true end
+  for _, name in ipairs(created) do continuing[#continuing + 1] = name end
+  if #continuing > 0 then continue_removed(continuing, names) end
+  if is_newest then record_names(names, configured) end
   for _, name in ipairs(created) do save_base(name, cells[name]) end
   local expiry = now + SESSION_TIMEOUT_MS
   redis.call('HSET', meta_key, 's:' .. session, expiry, 'q:' .. session, applied, 'born', data_set)

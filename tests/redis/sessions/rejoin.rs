@@ -4,7 +4,7 @@ use super::{
     START, expire_other_sessions, full_states, held_reservation, hold, month_state, node, quotas, rejoin,
     reserve, settle,
 };
-use crate::node::Node;
+use crate::node::{Node, of_config};
 use crate::server::Server;
 use tollgate::quota::Amounts;
 use tollgate::redis::{HeldReservation, ScriptReply, SentSteps, Step, StepKind, Verdict};
@@ -22,7 +22,8 @@ fn nodes_restore_the_state_that_the_server_lost() {
     assert_eq!(reserve(&mut one, "d", 1, 0).verdict, Verdict::UnknownSession);
     // The first node creates the cells from its copy. Each node adds its reservations. Nothing is counted twice.
     assert_eq!(
-        one.run(|commands| commands.join(1, Some(SentSteps::default()), &answer.states, None)).values,
+        one.run(|commands| commands.join(1, Some(SentSteps::default()), &of_config(&answer.states), None))
+            .values,
         [2, 0, 0, 1_000, 0, START.0],
         "the node must wait for the others"
     );
@@ -61,8 +62,9 @@ fn a_node_that_comes_late_restores_what_only_it_knew() {
         one.flush_server();
         let sent = Some(SentSteps { oldest: 1, acknowledged: 1, data_set: 1, first_joined: 1 });
         let at = |node: &mut Node, ms| node.commands.set_clock(START.plus_ms(ms));
-        let join =
-            |node: &mut Node, known: &ScriptReply| node.run(|c| c.join(1, sent, &known.states, None)).values;
+        let join = |node: &mut Node, known: &ScriptReply| {
+            node.run(|c| c.join(1, sent, &of_config(&known.states), None)).values
+        };
         assert_eq!(join(&mut one, &known_to_one), [2, 0, 0, 1_000, 1, START.0]);
         if !is_late {
             assert_eq!(join(&mut other, &known_to_other), [0, 0, 0, 1_000, 1, START.0]);
