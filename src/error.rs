@@ -44,6 +44,17 @@ pub(crate) const CODES: [&str; 23] = [
     "internal_error",
 ];
 
+/// What the headers of a request have in place of a valid key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GivenKey {
+    /// No key.
+    None,
+    /// An `Authorization` header of another form than `Bearer KEY`.
+    NoBearer,
+    /// A key that the gateway does not know.
+    Unknown,
+}
+
 /// An error that the caller receives instead of the upstream's answer. `Display` is the message for the caller. It
 /// contains no key, no other caller and no upstream address.
 #[derive(Debug)]
@@ -66,13 +77,16 @@ pub enum ProxyError {
     },
     /// The key is missing or unknown.
     InvalidKey {
-        /// Whether the request has a key.
-        given: bool,
+        /// The key that the request has.
+        given: GivenKey,
         /// The header in which the SDK of the path sends its key, and a placeholder for the key.
         header: &'static str,
     },
     /// The request addresses one environment, and its key belongs to another.
-    WrongEnvironment,
+    WrongEnvironment {
+        /// The header and form of a key, if the key has another form. It then did not select its environment.
+        usual_form: Option<&'static str>,
+    },
     /// The request's head is ambiguous or requests something unsupported. The text follows "The request head is not
     /// accepted: ".
     InvalidHead(&'static str),
@@ -171,7 +185,7 @@ impl ProxyError {
             Self::UnknownPath { .. } => (S::NOT_FOUND, INVALID, "unknown_path"),
             Self::MethodNotAllowed { .. } => (S::METHOD_NOT_ALLOWED, INVALID, "method_not_allowed"),
             Self::InvalidKey { .. } => (S::UNAUTHORIZED, INVALID, "invalid_api_key"),
-            Self::WrongEnvironment => (S::FORBIDDEN, INVALID, "wrong_environment"),
+            Self::WrongEnvironment { .. } => (S::FORBIDDEN, INVALID, "wrong_environment"),
             Self::InvalidHead(_) => (S::BAD_REQUEST, INVALID, "bad_request"),
             Self::MalformedHttp(S::REQUEST_HEADER_FIELDS_TOO_LARGE) => {
                 (S::REQUEST_HEADER_FIELDS_TOO_LARGE, INVALID, "headers_too_large")
@@ -331,15 +345,23 @@ impl fmt::Display for ProxyError {
                 mistake.write_message(f, path, base_path, dialects::sdk(*dialect))
             }
             Self::MethodNotAllowed { allow } => write!(f, "This path accepts {allow} only."),
-            Self::InvalidKey { given: false, header } => write!(
+            Self::InvalidKey { given: GivenKey::None, header } => write!(
                 f,
                 "The request has no API key. Send the key that the gateway's operator gave you as '{header}'."
             ),
-            Self::InvalidKey { given: true, header } => write!(
+            Self::InvalidKey { given: GivenKey::NoBearer, header } => write!(
+                f,
+                "The Authorization header has no 'Bearer ' before the key. Send the key that the gateway's operator gave you as '{header}'."
+            ),
+            Self::InvalidKey { given: GivenKey::Unknown, header } => write!(
                 f,
                 "The API key is not valid for this gateway. Ask its operator for a valid key and send it as '{header}'."
             ),
-            Self::WrongEnvironment => f.write_str(
+            Self::WrongEnvironment { usual_form: Some(form) } => write!(
+                f,
+                "The Authorization header has no 'Bearer ' before the key, so the key did not select its environment. Send it as '{form}'."
+            ),
+            Self::WrongEnvironment { usual_form: None } => f.write_str(
                 "The API key belongs to a different environment. Use the base_url of the key's environment, or a base_url without an environment.",
             ),
             Self::InvalidHead(what) => write!(f, "The request head is not accepted: {what}."),

@@ -7,7 +7,6 @@ mod acceptor;
 mod certificate;
 mod checked;
 mod connection;
-mod event_count;
 mod head_lines;
 mod http1;
 mod http2;

@@ -5,6 +5,7 @@ mod catalogue;
 mod causes;
 mod code;
 mod denial;
+mod event_count;
 mod exposition;
 mod gen_ai;
 mod intervals;
@@ -35,6 +36,7 @@ pub(crate) use attempts::AttemptOutcome;
 use attempts::Attempts;
 pub(crate) use causes::LastDay;
 pub(crate) use denial::Denial;
+pub(crate) use event_count::EventCount;
 pub(crate) use log::{
     LevelView, Line, LogOutput, configure_logging, init_logging, log_level, set_log_level, write_event,
 };

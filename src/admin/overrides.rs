@@ -22,7 +22,7 @@ use body::{EnforceBody, LimitBody, Terms};
 use description::{BodyErrors, EnvironmentErrors, QuotaErrors, QuotaPath};
 use http::StatusCode;
 use serde_json::json;
-use target::Target;
+use target::{Named, Target};
 
 /// The query parameters that select a quota of one kind and period. Default: the quota of the environment.
 #[derive(serde::Deserialize, utoipa::IntoParams)]
@@ -120,7 +120,7 @@ pub(super) async fn set_limit(
         Ok(parameters) => parameters,
         Err(refusal) => return *refusal,
     };
-    let target = Target::of_environment(&admin, &path, &QuotaParameters { scope, name });
+    let target = Target::of_environment(&admin, &path, &QuotaParameters { scope, name }, Named::Configured);
     put_limit(&admin, actor, target, dry_run, body).await.unwrap_or_else(|refusal| *refusal)
 }
 
@@ -141,7 +141,7 @@ async fn put_limit(
     change_limit(admin, actor, &target, Some(&change)).await
 }
 
-/// Returns to the limit of the config.
+/// Returns to the limit of the config. Also removes the limit of a quota that the config does not have now.
 #[utoipa::path(
     delete,
     path = "/api/environments/{environment}/quotas/{kind}/{per}",
@@ -159,7 +159,8 @@ pub(super) async fn unset_limit(
     Path(path): Path<QuotaPath>,
     query: QueryResult<QuotaParameters>,
 ) -> Response {
-    let target = read_query(query).and_then(|parameters| Target::of_environment(&admin, &path, &parameters));
+    let target = read_query(query)
+        .and_then(|parameters| Target::of_environment(&admin, &path, &parameters, Named::Overridden));
     delete_limit(&admin, actor, target).await
 }
 
@@ -195,8 +196,8 @@ async fn change_limit(
     audit::record(admin, actor, action).await;
     let QuotaKey { scope, name, kind, per } = key;
     let (limit, source) = match change {
-        Some(change) => (target.quota.with_limit(change.limit, change.burst).limit_text(), "override"),
-        None => (target.quota.limit_text(), "file"),
+        Some(change) => (Some(target.quota.with_limit(change.limit, change.burst).limit_text()), "override"),
+        None => (Some(target.quota.limit_text()).filter(|_| !target.is_removed), "file"),
     };
     let environment = target.environment();
     let origin = change.map(|change| &change.origin);
@@ -224,7 +225,8 @@ pub(super) async fn reset_one(
     Path(path): Path<QuotaPath>,
     query: QueryResult<QuotaParameters>,
 ) -> Response {
-    let target = read_query(query).and_then(|parameters| Target::of_environment(&admin, &path, &parameters));
+    let target = read_query(query)
+        .and_then(|parameters| Target::of_environment(&admin, &path, &parameters, Named::Configured));
     reset_quota(&admin, actor, target).await
 }
 
@@ -241,10 +243,11 @@ async fn reset_quota(admin: &Admin, actor: Actor, target: Result<Target, Box<Res
         Ok(false) => return target.unknown(),
         Err(fault) => return *failed(admin, actor, fault, action).await,
     }
+    let by = actor.by.as_str();
     audit::record(admin, actor, action).await;
     let QuotaKey { scope, name, kind, per } = key;
     let environment = target.environment();
-    tracing::info!(environment, %kind, per, scope, name, "the admin API reset a quota");
+    tracing::info!(environment, %kind, per, scope, name, by, "the admin API reset a quota");
     target.view(admin)
 }
 
@@ -272,8 +275,9 @@ pub(super) async fn reset(
     if let Err(fault) = account.reset(None).await {
         return *failed(&admin, actor, fault, action).await;
     }
+    let by = actor.by.as_str();
     audit::record(&admin, actor, action).await;
-    tracing::info!(environment, "the admin API reset all quotas of this environment");
+    tracing::info!(environment, by, "the admin API reset all quotas of this environment");
     Json(environment_view(&admin, &settings, &account)).into_response()
 }
 
@@ -318,10 +322,11 @@ pub(super) async fn patch(
     if let Err(fault) = result {
         return *failed(&admin, actor, fault, action).await;
     }
+    let by = actor.by.as_str();
     audit::record(&admin, actor, action).await;
     let source = if enforce.is_some() { "override" } else { "file" };
     let enforce = account.is_enforcing();
-    tracing::info!(environment, enforce, source, "the admin API changed whether quotas are enforced");
+    tracing::info!(environment, enforce, source, by, "the admin API changed whether quotas are enforced");
     Json(environment_view(&admin, &settings, &account)).into_response()
 }
 

@@ -149,22 +149,60 @@ fn override_warning(config: &Config, stored: &StoredOverride) -> Option<String> 
             == (stored.scope.as_str(), stored.name.as_str(), stored.kind.as_str(), stored.per.as_str())
     };
     let quotas = owner.counted_quotas();
-    let quota = quotas.iter().find(is_same)?;
+    let ends = at_end(stored.until);
+    let StoredOverride { kind, per, .. } = stored;
+    let request = format!("DELETE /api/{path}/quotas/{kind}/{per}{}", query_of(stored));
+    let Some(quota) = quotas.iter().find(is_same) else {
+        let limit = Some(stored.limit).filter(|limit| *limit != UNLIMITED);
+        let limit = limit.map_or("unlimited".to_owned(), |limit| limit.to_string());
+        return Some(format!(
+            "an administrator has set the limit of {}, {kind} per {per}, to {limit}. The file does not have this quota now. If it returns, this limit is in force again; {request} removes it",
+            whose(stored)
+        ));
+    };
     let set = quota.with_limit(stored.limit, stored.burst);
     let differs = set != *quota;
     differs.then(|| {
         format!(
-            "an administrator has set the limit of {}, {} per {}, to {}; the file has {}, which applies again {}after DELETE /api/{path}/quotas/{}/{}",
+            "an administrator has set the limit of {}, {kind} per {per}, to {}; the file has {}, which applies again {ends}after {request}",
             quota.scope.describe(&stored.environment),
-            quota.kind,
-            quota.per.text,
             set.limit_text(),
             quota.limit_text(),
-            at_end(stored.until),
-            quota.kind,
-            quota.per.text
         )
     })
+}
+
+/// What the quota of an override belongs to.
+fn whose(StoredOverride { environment, scope, name, .. }: &StoredOverride) -> String {
+    match scope.as_str() {
+        "environment" => format!("environment '{environment}'"),
+        "caller" | "model" => format!("{scope} '{name}' of environment '{environment}'"),
+        "upstream" => format!("upstream '{name}'"),
+        _ => format!("models '{name}' of an upstream"),
+    }
+}
+
+/// The query parameters of the admin API that select the quota of an override.
+fn query_of(StoredOverride { scope, name, .. }: &StoredOverride) -> String {
+    match scope.as_str() {
+        "environment" | "upstream" => String::new(),
+        "upstream_model" => {
+            let models = name.split_once('/').map_or("", |(_, models)| models);
+            format!("?model={}", in_query(models))
+        }
+        _ => format!("?scope={scope}&name={}", in_query(name)),
+    }
+}
+
+/// A value of a query parameter, with all but usual characters escaped.
+fn in_query(text: &str) -> String {
+    let escaped = |byte: u8| match byte {
+        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'*' | b'/' => {
+            char::from(byte).to_string()
+        }
+        _ => format!("%{byte:02X}"),
+    };
+    text.bytes().map(escaped).collect()
 }
 
 /// When an override ends by itself, as a part of a sentence.

@@ -6,7 +6,7 @@ use super::{load_or_explain, output};
 use crate::clock::Stopwatch;
 use anyhow::{Context as _, bail};
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -27,7 +27,7 @@ pub(super) struct HealthArguments {
     #[arg(long)]
     live: bool,
     /// Address of the admin listener [default: $TOLLGATE__ADMIN__LISTEN, else admin.listen of the config]
-    #[arg(long, value_name = "HOST:PORT")]
+    #[arg(long, value_name = "HOST:PORT", value_parser = first_address)]
     address: Option<SocketAddr>,
 }
 
@@ -41,6 +41,12 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &HealthArguments) -> anyho
         get(address, path).with_context(|| format!("no gateway answers at {address} (admin.listen)"))?;
     output::print(&body)?;
     Ok(if status == 200 { ExitCode::SUCCESS } else { ExitCode::from(super::FAILED) })
+}
+
+/// The first address of a host and port.
+fn first_address(text: &str) -> Result<SocketAddr, String> {
+    let mut addresses = text.to_socket_addrs().map_err(|error| error.to_string())?;
+    addresses.next().ok_or_else(|| "the host has no address".to_owned())
 }
 
 /// The address in the config. The variable comes first: the config file may have a fault that a running gateway has

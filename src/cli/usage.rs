@@ -2,6 +2,7 @@
 
 use super::{load_or_explain, output};
 use crate::clock::{self, Timestamp};
+use crate::config::Config;
 use crate::store::{self, ReportColumn, ReportQuery, ReportRow, ReportStep, ReportSubject};
 use anyhow::bail;
 use serde_json::json;
@@ -59,10 +60,11 @@ fn parse_columns(text: &str) -> Result<ReportColumns, String> {
 }
 
 pub(super) fn run(config: Option<PathBuf>, arguments: &UsageArguments) -> anyhow::Result<ExitCode> {
-    let settings = match load_or_explain(config) {
-        Ok(loaded) => loaded.config.store,
+    let config = match load_or_explain(config) {
+        Ok(loaded) => loaded.config,
         Err(code) => return Ok(code),
     };
+    let settings = &config.store;
     if settings.memory {
         bail!("the config stores no history (store.memory: true)");
     }
@@ -79,12 +81,27 @@ pub(super) fn run(config: Option<PathBuf>, arguments: &UsageArguments) -> anyhow
         subject,
     };
     let rows = store::read_usage(&settings.path, &query)?;
+    if rows.is_empty()
+        && let Some(note) = unknown_name(&config, arguments)
+    {
+        output::report(&note);
+    }
     output::print(&match arguments.format {
         ReportFormat::Table => table(&rows, &query.subject.group_by),
         ReportFormat::Csv => store::to_csv(&rows, &query.subject)?,
         ReportFormat::Json => format!("{}\n", json!({ "rows": rows })),
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Why a report may be empty: its environment or upstream is not in the config. The history may have removed ones.
+fn unknown_name(config: &Config, arguments: &UsageArguments) -> Option<String> {
+    let UsageArguments { environment, upstream, .. } = arguments;
+    let environment = environment.as_ref().filter(|name| config.environment(name).is_none());
+    let upstream = upstream.as_ref().filter(|name| config.upstreams.iter().all(|known| known.name != **name));
+    let (what, name) =
+        environment.map(|name| ("environment", name)).or(upstream.map(|name| ("upstream", name)))?;
+    Some(format!("note: the config has no {what} '{name}'"))
 }
 
 /// A table for people: only the columns that the report is grouped by, and numbers with separators.

@@ -66,6 +66,15 @@ pub(crate) fn changes(old: &Config, new: &Config) -> Vec<String> {
     let gone = old.upstreams.iter().filter(|u| new.upstreams.iter().all(|other| other.name != u.name));
     lines.extend(gone.map(|upstream| format!("upstream {} removed", upstream.name)));
     let default = |config: &Config| Some(config.environments.get(config.default_environment?)?.name.clone());
+    for (listener, old, new) in
+        [("server", &old.server.tls, &new.server.tls), ("admin", &old.admin.tls, &new.admin.tls)]
+    {
+        match (old, new) {
+            (None, Some(_)) => lines.push(format!("{listener}.tls added: HTTPS instead of HTTP")),
+            (Some(_), None) => lines.push(format!("{listener}.tls removed: HTTP instead of HTTPS")),
+            _ => {}
+        }
+    }
     for (section, differs) in [
         ("server", old.server != new.server),
         ("admin", old.admin != new.admin),
@@ -164,6 +173,18 @@ mod tests {
                 "server changed",
             ]
         );
+    }
+
+    #[test]
+    fn tls_that_is_switched_on_or_off_is_named() {
+        let environments =
+            "environments: { a: { upstream: u, quotas: { requests: { limit: 5, per: minute } } } }\n";
+        let old = config(environments);
+        let new = config(&format!("{environments}server: {{ tls: {{ cert: a.pem, key: b.pem }} }}\n"));
+        let added = ["server.tls added: HTTPS instead of HTTP", "server changed"];
+        assert_eq!(changes(&old, &new), added);
+        let removed = ["server.tls removed: HTTP instead of HTTPS", "server changed"];
+        assert_eq!(changes(&new, &old), removed);
     }
 
     #[test]

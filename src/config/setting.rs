@@ -238,6 +238,13 @@ impl<'n> Setting<'n> {
                 "this key has a space at its beginning or end, or a character that a header must not contain; remove it",
             );
         }
+        // A value that came from a variable or a file may be anything.
+        let is_reference = ["$", "file:", "env:"].iter().any(|begin| text.starts_with(begin));
+        if is_reference && !self.is_external() {
+            self.warn(
+                "this text itself is the key; write ${NAME} for the value of a variable, or ${file:/path} for the content of a file",
+            );
+        }
         (!text.is_empty()).then(|| Secret::new(text))
     }
 

@@ -13,6 +13,8 @@ pub enum PathMistake {
     EndpointTwice(&'static str),
     /// The path belongs to the admin listener.
     AdminPath,
+    /// The path after `/v1`, which is similar to this endpoint.
+    Misspelt(&'static str),
     /// The path would be served without the `/` at its end.
     TrailingSlash,
     /// The first segment is not an environment, and no environment has a similar name.
@@ -50,6 +52,10 @@ impl PathMistake {
             Self::TrailingSlash => write!(
                 f,
                 "The gateway does not serve the path '{path}', because it ends in '/'. Remove the '/' at the end of the path."
+            ),
+            Self::Misspelt(endpoint) => write!(
+                f,
+                "The gateway does not serve the path '{path}'. Did you mean a path that ends in '/v1{endpoint}'?"
             ),
             Self::UnknownEnvironment { given } => {
                 write!(f, "'{given}' is not an environment of this gateway. ")?;

@@ -4,7 +4,7 @@ use super::keys::{self, GatewayKeyHeaders, KeyOwner, PresentedKey};
 use super::query;
 use super::route::{self, Route};
 use super::snapshot::Snapshot;
-use crate::error::ProxyError;
+use crate::error::{GivenKey, ProxyError};
 use crate::learned::Learned;
 use http::request::Parts;
 use smallvec::SmallVec;
@@ -34,10 +34,8 @@ pub(super) fn identify(
     head: &Parts,
 ) -> Result<IdentifiedCaller, ProxyError> {
     let presented = keys::presented_keys(&head.headers).map_err(ProxyError::InvalidHead)?;
-    let unknown = || ProxyError::InvalidKey {
-        given: presented.iter().any(|key| key.is_well_formed),
-        header: route::key_header(route.path),
-    };
+    let unknown =
+        || ProxyError::InvalidKey { given: given_key(&presented), header: route::key_header(route.path) };
     let known: SmallVec<[_; 2]> =
         owners(snapshot, &presented).filter_map(|(key, owner)| owner.map(|owner| (key, owner))).collect();
     let mut owners = known.iter().filter(|(key, _)| key.is_well_formed).map(|&(_, owner)| owner);
@@ -48,7 +46,10 @@ pub(super) fn identify(
         .or(snapshot.config.default_environment)
         .ok_or_else(unknown)?;
     if known.iter().any(|(_, owner)| owner.environment != environment) {
-        return Err(ProxyError::WrongEnvironment);
+        // Without an environment in the path, the key would have named it in the usual form.
+        let is_malformed = owner.is_none() && route.environment.is_none();
+        let usual_form = is_malformed.then(|| route::key_header(route.path));
+        return Err(ProxyError::WrongEnvironment { usual_form });
     }
     if owners.any(|other| Some(other) != owner) {
         return Err(ProxyError::InvalidHead("its API keys belong to different callers"));
@@ -65,6 +66,17 @@ pub(super) fn identify(
         key_headers,
         has_key_in_query,
     })
+}
+
+fn given_key(presented: &[PresentedKey<'_>]) -> GivenKey {
+    // `Bearer` alone: the variable with the key is empty.
+    if presented.iter().all(|key| key.key.eq_ignore_ascii_case(b"bearer")) {
+        GivenKey::None
+    } else if presented.iter().any(|key| key.is_well_formed) {
+        GivenKey::Unknown
+    } else {
+        GivenKey::NoBearer
+    }
 }
 
 /// The principal of the requests that a caller of the config sends with the gateway's key alone.
@@ -152,7 +164,7 @@ fn has_key_in_query(
     let mut found = false;
     for owner in candidates.iter().filter_map(|text| snapshot.keys.owner(&snapshot.config, text)) {
         if owner.environment != environment {
-            return Err(ProxyError::WrongEnvironment);
+            return Err(ProxyError::WrongEnvironment { usual_form: None });
         }
         found = true;
     }

@@ -7,6 +7,7 @@ use super::Proxy;
 use super::keys::KEY_HEADERS;
 use super::reader::BodyCoding;
 use crate::config::UpstreamSettings;
+use crate::telemetry::EventCount;
 use crate::upstream::{BodyFilter, Incoming, KeyMask, MAX_SEARCHED_BYTES};
 use crate::usage::{ContentCoding, Decoder};
 use bytes::{Bytes, BytesMut};
@@ -25,6 +26,9 @@ const MAX_READ_BYTES: usize = 2 * MAX_SEARCHED_BYTES;
 /// Reading for the search stops after this time.
 const MAX_READ_TIME: Duration = Duration::from_secs(5);
 
+/// Errors in which a key was masked.
+static MASKED: EventCount = EventCount::new();
+
 impl Proxy {
     /// Masks the upstream's keys in an answer that is not a success, and records that they were in it.
     pub(super) async fn mask_keys(
@@ -36,7 +40,13 @@ impl Proxy {
         let (metrics, name) = (self.state.metrics.clone(), upstream.name.clone());
         let on_found = Box::new(move || {
             metrics.upstream_key_masked(&name);
-            tracing::warn!(upstream = name, "an error of the upstream repeated its key, which was masked");
+            if let Some(count) = MASKED.add() {
+                tracing::warn!(
+                    upstream = name,
+                    count,
+                    "an error of the upstream repeated its key, which was masked"
+                );
+            }
         });
         let Some(mut mask) = key_mask(upstream, on_found) else { return incoming };
         mask_headers(&mut parts.headers, &mut mask);

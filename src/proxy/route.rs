@@ -132,7 +132,11 @@ pub(super) fn unknown_path(config: &Config, path: &str) -> ProxyError {
         && unserved::is_known(rest)
         && (environment.is_some() || serves_without_prefix(config));
     let mistake = match mistake(config, environment, rest) {
-        PathMistake::BaseUrl | PathMistake::UnknownEnvironment { .. } if is_known => PathMistake::NotServed,
+        PathMistake::BaseUrl | PathMistake::Misspelt(_) | PathMistake::UnknownEnvironment { .. }
+            if is_known =>
+        {
+            PathMistake::NotServed
+        }
         mistake => mistake,
     };
     let base_path = match &mistake {
@@ -154,6 +158,12 @@ fn mistake(config: &Config, environment: Option<usize>, rest: &str) -> PathMista
     let is_complete = environment.is_some() || serves_without_prefix(config);
     if is_complete && rest.ends_with('/') && route(rest.trim_end_matches('/')).is_some() {
         return PathMistake::TrailingSlash;
+    }
+    let is_usual =
+        |below: &&str| is_complete && is_plain(rest) && !below.starts_with("/v1/") && !below.contains('%');
+    let below_version = rest.strip_prefix("/v1").filter(is_usual);
+    if let Some(nearest) = below_version.and_then(|below| most_similar(below, &ENDPOINTS)) {
+        return PathMistake::Misspelt(nearest);
     }
     mistyped_environment(config, environment, rest).unwrap_or(PathMistake::BaseUrl)
 }

@@ -1,7 +1,7 @@
 //! Accepts the connections of one listening socket, within the bounds of its listener.
 
-use super::event_count::EventCount;
 use super::limits::{ConnectionLimits, Slot};
+use crate::telemetry::EventCount;
 use std::future::poll_fn;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;

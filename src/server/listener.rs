@@ -1,9 +1,9 @@
 //! What all sockets of one listener share: its bounds, its protocols and its certificate. A reload changes them.
 
 use super::certificate::Certificate;
-use super::event_count::EventCount;
 use super::limits::{ConnectionBounds, ConnectionLimits};
 use super::peer::CallerTimeouts;
+use crate::telemetry::EventCount;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::Semaphore;
 

@@ -1,9 +1,9 @@
 //! Replaces the answers that hyper makes to malformed requests. Hyper's answers have no body. The replacements have a
 //! body that the caller's SDK can parse.
 
-use super::event_count::EventCount;
 use crate::api::Dialect;
 use crate::error::ProxyError;
+use crate::telemetry::EventCount;
 use http::StatusCode;
 use std::net::IpAddr;
 

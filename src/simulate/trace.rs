@@ -3,6 +3,7 @@
 use super::Pace;
 use crate::clock::Timestamp;
 use crate::quota::{MAX_AMOUNT, Subject};
+use crate::similar::most_similar;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
 use std::fmt;
@@ -61,6 +62,8 @@ impl std::error::Error for TraceFault {}
 const TIMESTAMP: &[&str] = &["timestamp"];
 const PROMPT: &[&str] = &["prompt_tokens", "contexttokens"];
 const COMPLETION: &[&str] = &["completion_tokens", "generatedtokens"];
+/// The columns that a trace need not have.
+const OPTIONAL: [&str; 4] = ["environment", "caller", "model", "max_tokens"];
 
 struct TraceColumns {
     timestamp: usize,
@@ -75,7 +78,7 @@ struct TraceColumns {
 /// Reads a trace. Returns its calls sorted by time.
 ///
 /// # Errors
-/// A column is missing, or a value cannot be read. Reports the first unreadable value.
+/// A column is missing or misspelt, or a value cannot be read. Reports the first unreadable value.
 pub fn read_trace(input: impl Read) -> Result<Vec<TraceCall>, TraceFault> {
     let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(input);
     let fault = |e: &csv::Error| TraceFault {
@@ -91,6 +94,13 @@ pub fn read_trace(input: impl Read) -> Result<Vec<TraceCall>, TraceFault> {
     }
     calls.sort_by_key(|call| call.at);
     Ok(calls)
+}
+
+/// Whether a trace has a column with this name.
+fn is_known(column: &str) -> bool {
+    let column = column.trim_start_matches('\u{feff}');
+    let mut known = [TIMESTAMP, PROMPT, COMPLETION, &OPTIONAL].into_iter().flatten();
+    known.any(|name| column.eq_ignore_ascii_case(name))
 }
 
 impl TraceColumns {
@@ -110,6 +120,19 @@ impl TraceColumns {
                 ),
             })
         };
+        // Other columns are ignored, as published traces have some. A misspelt one would change the result.
+        let is_absent = |name: &&str| find(&[*name]).is_none();
+        let absent: Vec<&str> = OPTIONAL.into_iter().filter(is_absent).collect();
+        for column in header {
+            let intended = most_similar(column, &absent)
+                .or_else(|| absent.iter().find(|name| column.len() > 2 && name.starts_with(column)).copied());
+            if let Some(intended) = intended.filter(|_| !is_known(column)) {
+                let message = format!(
+                    "the column '{column}' is not known; did you mean '{intended}'? If not, rename or remove it"
+                );
+                return Err(TraceFault { line: 1, message });
+            }
+        }
         Ok(Self {
             timestamp: need(TIMESTAMP)?,
             prompt: need(PROMPT)?,
@@ -184,6 +207,16 @@ mod tests {
     }
 
     #[test]
+    fn columns_of_other_traces_are_ignored() {
+        for header in ["latency_ms", "model,model_version", "environment,env", "id"] {
+            let width = header.split(',').count();
+            let text =
+                format!("timestamp,prompt_tokens,completion_tokens,{header}\n1,2,3{}\n", ",x".repeat(width));
+            assert!(read_trace(text.as_bytes()).is_ok(), "{header}");
+        }
+    }
+
+    #[test]
     fn an_unreadable_value_is_reported_with_its_line() {
         for (text, line, what) in [
             ("timestamp,prompt_tokens\n", 1, "completion_tokens"),
@@ -194,6 +227,12 @@ mod tests {
             ("timestamp,prompt_tokens,completion_tokens\n1,99999999999999,3\n", 2, "2^40"),
             ("timestamp,prompt_tokens,completion_tokens\n1,2\n", 2, "record"),
             ("timestamp,prompt_tokens,completion_tokens\nNaN,2,3\n", 2, "NaN"),
+            ("timestamp,prompt_tokens,completion_tokens,env\n1,2,3,a\n", 1, "did you mean 'environment'"),
+            (
+                "timestamp,prompt_tokens,completion_tokens,max_token\n1,2,3,4\n",
+                1,
+                "did you mean 'max_tokens'",
+            ),
         ] {
             let fault = read_trace(text.as_bytes()).unwrap_err();
             assert!(fault.line == line && fault.message.contains(what), "{text}: {fault}");

@@ -93,7 +93,7 @@ async fn check(replica: &Replica, request: &Request) -> Result<(), String> {
             Err(error) => return Err(error.to_string()),
         }
     }
-    let connected = replica.connect().await.map_err(|error| format!("{error:?}"))?;
+    let connected = replica.connect().await.map_err(|error| error.to_string())?;
     let (head, body) = replica.exchange(connected, request, due).await.map_err(|error| error.to_string())?;
     judge(head.status, body).await
 }

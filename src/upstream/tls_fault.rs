@@ -60,6 +60,12 @@ impl CertificateFault {
                 "the certificate is marked as an authority and cannot serve as a server's".to_owned(),
                 "issue one with CA:FALSE",
             ),
+            CertificateError::BadSignature
+            | CertificateError::UnsupportedSignatureAlgorithmContext { .. }
+            | CertificateError::UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => (
+                "the certificate is not signed by the trusted authority that it names".to_owned(),
+                "add the authority that has signed it to the system's certificates (or to the file that SSL_CERT_FILE names)",
+            ),
             _ => return None,
         };
         Some(Self { reason, remedy })

@@ -131,6 +131,10 @@ async fn check_shows_what_is_valid_and_what_an_administrator_has_overridden() {
     }
     // An override that equals the file contradicts nothing.
     assert!(!output.contains("requests per day, to 9"), "{output}");
+    std::fs::write(&file, text.replace("limit: 60, per: minute", "limit: 60, per: second")).unwrap();
+    let (_, output, _) = check();
+    let line = "warning: an administrator has set the limit of environment 'production', requests per minute, to 61. The file does not have this quota now. If it returns, this limit is in force again; DELETE /api/environments/production/quotas/requests/minute removes it";
+    assert!(output.contains(line), "{output}");
 }
 
 #[tokio::test]
@@ -190,6 +194,8 @@ async fn usage_and_backup_read_the_store_while_the_gateway_runs() {
         (&1236.into(), &serde_json::Value::Null)
     );
     assert!(usage("copy.yaml", "table").1.contains("1,234"));
+    let (code, _, errors) = run(&["usage", "--config", &path("t.yaml"), "--environment", "nope"], "");
+    assert!(code == 0 && errors.contains("note: the config has no environment 'nope'"), "{errors}");
     let (code, _, errors) = run(&["backup", &path("copy.db"), "--config", &path("t.yaml")], "");
     assert!(code == 1 && errors.contains("name a new file"), "{errors}");
 }

@@ -39,6 +39,27 @@ async fn two_authorization_headers_are_refused_whatever_they_hold() {
 }
 
 #[tokio::test]
+async fn a_key_without_bearer_gets_an_error_that_says_so() {
+    let upstream = Upstream::always(Answer::chat(8, 2)).await;
+    let gateway = gateway(&upstream).await;
+    for value in [WEB_KEY.to_owned(), format!("Token {WEB_KEY}"), format!("Basic {BATCH_KEY}")] {
+        let headers = format!("authorization: {value}\r\n");
+        let reply = gateway.send("POST", "/production/v1/chat/completions", &headers, HELLO).await;
+        assert_eq!(reply.refusal(), (401, "invalid_api_key".into()), "{value}");
+        assert!(reply.text().contains("no 'Bearer ' before the key"), "{value}: {}", reply.text());
+    }
+    // Without an environment in the path, the key would have selected it.
+    let reply = gateway.send("POST", CHAT, &format!("authorization: {WEB_KEY}\r\n"), HELLO).await;
+    assert_eq!(reply.refusal(), (403, "wrong_environment".into()));
+    assert!(reply.text().contains("no 'Bearer ' before the key"), "{}", reply.text());
+    for headers in ["", "authorization: Bearer\r\n"] {
+        let reply = gateway.send("POST", "/production/v1/chat/completions", headers, HELLO).await;
+        assert!(reply.text().contains("The request has no API key"), "{headers}: {}", reply.text());
+    }
+    assert!(upstream.seen().is_empty());
+}
+
+#[tokio::test]
 async fn keys_that_gateway_and_upstream_could_read_differently_are_refused() {
     let upstream = Upstream::always(Answer::chat(8, 2)).await;
     let gateway = gateway(&upstream).await;

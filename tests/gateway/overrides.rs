@@ -183,6 +183,71 @@ async fn a_reload_keeps_overrides() {
 }
 
 #[tokio::test]
+async fn an_override_is_removed_though_its_quota_has_left_the_file() {
+    let (upstream, folder) = (Upstream::always(Answer::chat(8, 8)).await, tempfile::tempdir().unwrap());
+    let file = folder.path().join("tollgate.yaml");
+    let write = |quotas: &str| std::fs::write(&file, config(&upstream, folder.path(), quotas)).unwrap();
+    let (with, without) =
+        ("{ total_tokens: { limit: 1000, per: hour } }", "{ total_tokens: { limit: 50, per: day } }");
+    for restarts in [false, true] {
+        write(with);
+        let mut gateway = Gateway::from_file(&file).await;
+        assert_eq!(admin(&gateway, "PUT", TOTAL, r#"{"limit": 700}"#).await.status, 200);
+        write(without);
+        if restarts {
+            gateway.shutdown().await;
+            gateway = Gateway::from_file(&file).await;
+        } else {
+            assert_eq!(admin(&gateway, "POST", "/api/config/reload", "").await.status, 200);
+        }
+        let list =
+            || async { admin(&gateway, "GET", "/api/overrides", "").await.json()["overrides"].clone() };
+        assert_eq!((&list().await[0]["in_file"], &list().await[0]["limit"]), (&json!(false), &json!(700)));
+        let patch = admin(&gateway, "GET", "/api/overrides?format=yaml", "").await;
+        let text = "# Left out, because the file does not have this quota now: \"environment 'staging'\", total_tokens per hour, limit 700\nenvironments: {}\n";
+        assert!(patch.text().contains(text), "{}", patch.text());
+        assert_eq!(admin(&gateway, "PUT", TOTAL, r#"{"limit": 1}"#).await.status, 404);
+        let removed = admin(&gateway, "DELETE", TOTAL, "").await;
+        assert_eq!(removed.status, 200, "{}", removed.text());
+        assert_eq!(list().await, json!([]));
+        assert_eq!(admin(&gateway, "DELETE", TOTAL, "").await.status, 404);
+        let audit = admin(&gateway, "GET", "/api/audit", "").await.json();
+        let entry =
+            audit["entries"].as_array().unwrap().iter().find(|e| e["action"] == "limit_unset").unwrap();
+        assert_eq!((&entry["before"]["limit"], &entry["after"]), (&json!(700), &Value::Null), "{entry}");
+        write(with);
+        assert_eq!(admin(&gateway, "POST", "/api/config/reload", "").await.status, 200);
+        assert_eq!(quota(&gateway.environment().await, "total_tokens")["limit"], 1000);
+        gateway.shutdown().await;
+    }
+}
+
+#[tokio::test]
+async fn with_redis_an_override_is_removed_though_its_quota_has_left_the_file() {
+    let redis = Redis::start();
+    let upstream = Upstream::always(Answer::chat(8, 12)).await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tollgate.yaml");
+    let write = |quotas: &str| {
+        let text = config(&upstream, folder.path(), quotas);
+        let (rest, _) = text.split_once("store:").unwrap();
+        std::fs::write(&file, format!("{rest}{}\n", redis.store(0, ""))).unwrap();
+    };
+    let with = "{ total_tokens: { limit: 1000, per: hour } }";
+    write(with);
+    let gateway = Gateway::from_file(&file).await;
+    assert_eq!(admin(&gateway, "PUT", TOTAL, r#"{"limit": 700}"#).await.status, 200);
+    write("{ total_tokens: { limit: 50, per: day } }");
+    assert_eq!(admin(&gateway, "POST", "/api/config/reload", "").await.status, 200);
+    let removed = admin(&gateway, "DELETE", TOTAL, "").await;
+    assert_eq!(removed.status, 200, "{}", removed.text());
+    assert_eq!(admin(&gateway, "GET", "/api/overrides", "").await.json()["overrides"], json!([]));
+    write(with);
+    assert_eq!(admin(&gateway, "POST", "/api/config/reload", "").await.status, 200);
+    assert_eq!(quota(&gateway.environment().await, "total_tokens")["limit"], 1000);
+}
+
+#[tokio::test]
 async fn a_dry_run_changes_nothing() {
     let (upstream, folder) = (Upstream::always(Answer::chat(100, 100)).await, tempfile::tempdir().unwrap());
     let gateway = gateway(&upstream, folder.path()).await;

@@ -242,6 +242,8 @@ async fn a_404_for_an_unknown_environment_or_a_final_slash_names_the_mistake() {
             &["because it ends in '/'. Remove the '/' at the end of the path."],
         ),
         (&keyed, "/sandbox/v1/models//", &["because it ends in '/'."]),
+        (&keyed, "/v1/chat/completion", &["Did you mean a path that ends in '/v1/chat/completions'?"]),
+        (&open, "/secret/v1/embedding", &["Did you mean a path that ends in '/v1/embeddings'?"]),
         (&open, "/secret/v1/messages/", &["because it ends in '/'."]),
         (&open, "/v1/chat/completions/", &["a base_url that ends in '/<environment>/v1'."]),
         // These are versions, or nothing at all, and not meant as environments.

@@ -119,6 +119,11 @@ async fn an_answer_is_not_learned_from_if_its_caller_closes_before_the_final_eve
         }
         let head = read_and_close(&gateway, path, &body, length).await;
         assert!(!head.contains(RAW), "{path} {head}");
+        assert_eq!(
+            gateway.usage_missing("not_reported").await,
+            0,
+            "{path}: the caller has not waited for it"
+        );
         let metrics = gateway.admin_get("/metrics").await.text().to_owned();
         assert!(
             metrics.contains(r#"outcome="caller_gone"} "#) && !metrics.contains(r#"outcome="answered"} 1"#)

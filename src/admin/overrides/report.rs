@@ -157,8 +157,17 @@ fn to_yaml(
         "# The overrides in force. Merge this into the config file: mappings by key, lists of quotas as a whole.\n\
          # Below keys, copy the quotas into the caller with the same name. Do not replace the list: it has the keys.\n",
     );
+    let has_part = |quotas: &[Quota], set: &OverrideSet| {
+        set.enforce.is_some() || quotas.iter().any(|quota| set.of(quota).is_some())
+    };
+    for (settings, set) in all {
+        write_removed(&mut text, &settings.name, &settings.counted_quotas(), set);
+    }
+    for (settings, set) in upstreams {
+        write_removed(&mut text, &settings.name, &settings.quotas, set);
+    }
     let changed: Vec<_> =
-        all.iter().filter(|(_, set)| !set.limits.is_empty() || set.enforce.is_some()).collect();
+        all.iter().filter(|(settings, set)| has_part(&settings.counted_quotas(), set)).collect();
     text += if changed.is_empty() { "environments: {}\n" } else { "environments:\n" };
     for (settings, set) in changed {
         let _ = writeln!(text, "  {}:", quoted(&settings.name));
@@ -167,13 +176,30 @@ fn to_yaml(
         }
         write_quotas(&mut text, &settings.counted_quotas(), set);
     }
-    let changed: Vec<_> = upstreams.iter().filter(|(_, set)| !set.limits.is_empty()).collect();
+    let changed: Vec<_> =
+        upstreams.iter().filter(|(settings, set)| has_part(&settings.quotas, set)).collect();
     text += if changed.is_empty() { "" } else { "upstreams:\n" };
     for (settings, set) in changed {
         let _ = writeln!(text, "  {}:", quoted(&settings.name));
         write_quotas(&mut text, &settings.quotas, set);
     }
     text
+}
+
+/// Names the overrides of quotas that the config does not have now, as comments.
+fn write_removed(text: &mut String, owner: &str, all: &[Quota], set: &OverrideSet) {
+    let is_removed = |quota: &&Quota| !all.iter().any(|known| known.is_same_as(quota));
+    for quota in set.limits.iter().map(|known| &known.quota).filter(is_removed) {
+        let Quota { scope, kind, per, .. } = quota;
+        // A name in quotation marks cannot end the comment.
+        let whose = quoted(&scope.describe(owner));
+        let _ = writeln!(
+            text,
+            "# Left out, because the file does not have this quota now: {whose}, {kind} per {}, limit {}",
+            per.text,
+            quota.limit_text()
+        );
+    }
 }
 
 /// `all`: the quotas of the environment or upstream in the config.

@@ -40,6 +40,25 @@ pub(super) struct Target {
     pub(super) account: Arc<Account>,
     /// The quota with the limit of the config.
     pub(super) quota: Quota,
+    /// The config does not have the quota now: `quota` is the override.
+    pub(super) is_removed: bool,
+}
+
+/// Which quotas a request may name.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Named {
+    /// Those of the config.
+    Configured,
+    /// Also those with an override that the config does not have now.
+    Overridden,
+}
+
+impl Named {
+    /// The override that a key names, if the config does not have the quota.
+    fn removed(self, account: &Account, key: QuotaKey<'_>) -> Option<Quota> {
+        let limits = (self == Self::Overridden).then(|| account.overrides().limits)?;
+        limits.into_iter().map(|known| known.quota).find(|quota| key.matches(quota))
+    }
 }
 
 impl Target {
@@ -47,18 +66,22 @@ impl Target {
         admin: &Admin,
         QuotaPath { environment, kind, per }: &QuotaPath,
         QuotaParameters { scope, name }: &QuotaParameters,
+        named: Named,
     ) -> Result<Self, Box<Response>> {
         let (settings, account) = find(admin, environment).ok_or_else(|| Box::new(unknown_environment()))?;
         let key = known_kind(kind).map(|kind| QuotaKey { scope, name, kind, per });
         let quota = settings.counted_quotas().into_iter().find(|quota| key.is_some_and(|k| k.matches(quota)));
+        let is_removed = quota.is_none();
+        let quota = quota.or_else(|| named.removed(&account, key?));
         let quota = quota.ok_or_else(|| Box::new(unknown_quota(&settings, scope, name)))?;
-        Ok(Self { owner: QuotaOwner::Environment(settings), account, quota })
+        Ok(Self { owner: QuotaOwner::Environment(settings), account, quota, is_removed })
     }
 
     pub(super) fn of_upstream(
         admin: &Admin,
         UpstreamQuotaPath { upstream, kind, per }: &UpstreamQuotaPath,
         UpstreamQuotaParameters { model }: &UpstreamQuotaParameters,
+        named: Named,
     ) -> Result<Self, Box<Response>> {
         let (settings, account) =
             upstreams::find(admin, upstream).ok_or_else(|| Box::new(unknown_upstream()))?;
@@ -70,9 +93,11 @@ impl Target {
             ("upstream_model", format!("{upstream}/{model}"))
         };
         let key = QuotaKey { scope, name: &name, kind, per };
-        let quota = settings.quotas.iter().find(|quota| key.matches(quota)).cloned().ok_or_else(unknown)?;
         let account = account.ok_or_else(unknown)?;
-        Ok(Self { owner: QuotaOwner::Upstream(settings), account, quota })
+        let quota = settings.quotas.iter().find(|quota| key.matches(quota)).cloned();
+        let is_removed = quota.is_none();
+        let quota = quota.or_else(|| named.removed(&account, key)).ok_or_else(unknown)?;
+        Ok(Self { owner: QuotaOwner::Upstream(settings), account, quota, is_removed })
     }
 
     pub(super) fn key(&self) -> QuotaKey<'_> {
@@ -125,15 +150,21 @@ impl Target {
         Err(invalid(&format!("{reason}: remove burst.")))
     }
 
-    /// The limit and burst in force, for the audit log.
+    /// The limit and burst in force, for the audit log; those of the override if the config does not have the quota.
     pub(super) fn limit_in_force(&self) -> Value {
-        self.level().map_or(Value::Null, |QuotaLevel { quota, .. }| {
+        let level = self.level().map(|QuotaLevel { quota, .. }| quota);
+        level.or_else(|| self.overridden()).map_or(Value::Null, |quota| {
             if quota.is_unlimited() {
                 json!({ "limit": "unlimited" })
             } else {
                 json!({ "limit": quota.limit, "burst": quota.capacity() })
             }
         })
+    }
+
+    /// The override of a quota that the config does not have now.
+    fn overridden(&self) -> Option<Quota> {
+        Named::Overridden.removed(&self.account, self.key()).filter(|_| self.is_removed)
     }
 
     /// The limit in force for the audit log, with the time at which it ends.

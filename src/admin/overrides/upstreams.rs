@@ -1,7 +1,7 @@
 //! Limits of upstreams: an administrator changes or resets them as those of environments.
 
 use super::description::{BodyErrors, UpstreamQuotaErrors, UpstreamQuotaPath};
-use super::target::Target;
+use super::target::{Named, Target};
 use super::{
     BodyResult, UpstreamLimitParameters, UpstreamQuotaParameters, body, delete_limit, dry_run, put_limit,
     reset_quota,
@@ -49,11 +49,11 @@ pub(in crate::admin) async fn set_upstream_limit(
         Ok(parameters) => parameters,
         Err(refusal) => return *refusal,
     };
-    let target = Target::of_upstream(&admin, &path, &UpstreamQuotaParameters { model });
+    let target = Target::of_upstream(&admin, &path, &UpstreamQuotaParameters { model }, Named::Configured);
     put_limit(&admin, actor, target, dry_run, body).await.unwrap_or_else(|refusal| *refusal)
 }
 
-/// Returns to the limit of the config.
+/// Returns to the limit of the config. Also removes the limit of a quota that the config does not have now.
 #[utoipa::path(
     delete,
     path = "/api/upstreams/{upstream}/quotas/{kind}/{per}",
@@ -71,7 +71,8 @@ pub(in crate::admin) async fn unset_upstream_limit(
     Path(path): Path<UpstreamQuotaPath>,
     query: QueryResult<UpstreamQuotaParameters>,
 ) -> Response {
-    let target = read_query(query).and_then(|parameters| Target::of_upstream(&admin, &path, &parameters));
+    let target = read_query(query)
+        .and_then(|parameters| Target::of_upstream(&admin, &path, &parameters, Named::Overridden));
     delete_limit(&admin, actor, target).await
 }
 
@@ -93,6 +94,7 @@ pub(in crate::admin) async fn reset_upstream_quota(
     Path(path): Path<UpstreamQuotaPath>,
     query: QueryResult<UpstreamQuotaParameters>,
 ) -> Response {
-    let target = read_query(query).and_then(|parameters| Target::of_upstream(&admin, &path, &parameters));
+    let target = read_query(query)
+        .and_then(|parameters| Target::of_upstream(&admin, &path, &parameters, Named::Configured));
     reset_quota(&admin, actor, target).await
 }

@@ -9,6 +9,21 @@ fn warnings(text: &str) -> String {
 }
 
 #[test]
+fn a_key_that_looks_like_the_name_of_a_variable_or_a_file_gives_a_warning() {
+    for (key, is_warned) in [
+        ("$OPENAI_KEY", true),
+        ("file:/etc/key", true),
+        ("env:KEY", true),
+        ("sk-$a", false),
+        ("sk-file:", false),
+    ] {
+        let warned = warnings(&with_upstream(&format!("base_url: 'http://u', api_key: '{key}'")));
+        assert_eq!(warned.contains("this text itself is the key"), is_warned, "{key}: {warned}");
+        assert!(!warned.contains(key), "{warned}");
+    }
+}
+
+#[test]
 fn a_setting_that_is_probably_not_intended_gives_a_warning() {
     let key = with_upstream("base_url: 'http://u', api_key: k");
     assert!(warnings(&key).contains("environments.prod: this environment is open"));

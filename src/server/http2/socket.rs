@@ -3,8 +3,8 @@
 
 use super::frames::{Flood, FrameGuard};
 use crate::clock::Stopwatch;
-use crate::server::event_count::EventCount;
 use crate::server::transport::Transport;
+use crate::telemetry::EventCount;
 use bytes::{Buf as _, BytesMut};
 use std::io::{self, ErrorKind, IoSlice};
 use std::net::IpAddr;

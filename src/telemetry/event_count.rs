@@ -1,4 +1,4 @@
-//! Lines of the log about events that a caller can cause as often as it likes.
+//! Lines of the log about events that a caller or an upstream can cause as often as it likes.
 
 use crate::clock::Stopwatch;
 use std::sync::{Mutex, PoisonError};
@@ -9,7 +9,7 @@ const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Counts events of one kind, which are logged with their number at most once a second.
 #[derive(Debug)]
-pub(super) struct EventCount(Mutex<Count>);
+pub(crate) struct EventCount(Mutex<Count>);
 
 #[derive(Debug)]
 struct Count {
@@ -19,12 +19,12 @@ struct Count {
 }
 
 impl EventCount {
-    pub(super) const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self(Mutex::new(Count { events: 0, logged: None }))
     }
 
     /// Counts one. Returns the number to log, if a line is due.
-    pub(super) fn add(&self) -> Option<u64> {
+    pub(crate) fn add(&self) -> Option<u64> {
         let mut count = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         count.events += 1;
         if count.logged.is_some_and(|logged| logged.elapsed() < LOG_INTERVAL) {
