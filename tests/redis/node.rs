@@ -89,7 +89,7 @@ impl Node {
 
 /// The states of a reply as those of quotas that the config has, for a join.
 pub fn of_config(states: &[(CounterState, OverrideMark)]) -> Vec<(CounterState, OverrideMark, bool)> {
-    states.iter().map(|(state, mark)| (state.clone(), *mark, true)).collect()
+    states.iter().map(|(state, mark)| (*state, *mark, true)).collect()
 }
 
 /// The states of unused quotas without overrides.
