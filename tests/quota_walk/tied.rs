@@ -250,7 +250,13 @@ impl TiedWalk {
         if missing == 0 || self.completion == CompletionReserve::None {
             assert_eq!((outcome, grown), (Progress::Within, Amounts::default()));
         } else {
-            assert_eq!(outcome == Progress::Overrun, !missing_fits, "about an extension");
+            let is_bound = stream.environment != SHADOW || !other.fits_more(first, more(missing));
+            let expected = match (missing_fits, is_bound) {
+                (true, _) => Progress::Within,
+                (false, true) => Progress::Overrun,
+                (false, false) => Progress::OverrunInShadow,
+            };
+            assert_eq!(outcome, expected, "about an extension");
             let fits = own.fits_more(first, grown) && other.fits_more(first, grown);
             assert!(grown.completion >= missing && (fits || !missing_fits));
             let id = self.next;
@@ -263,7 +269,7 @@ impl TiedWalk {
         own.progress(&stream.reservations, stream.spent);
         other.progress(&stream.reservations, stream.spent);
         if grown.completion > 0 {
-            self.note(if outcome == Progress::Overrun { "overrun" } else { "extended" });
+            self.note(if outcome == Progress::Within { "extended" } else { "overrun" });
         }
     }
 
