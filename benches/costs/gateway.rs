@@ -49,7 +49,8 @@ impl Gateway {
         gateway
     }
 
-    /// The gateway's own binary under callgrind, or the one that `TOLLGATE_BIN` names. Its counters: instructions, 0.
+    /// The gateway's binary under callgrind, or the one that `TOLLGATE_BIN` names. The first counter is the number of
+    /// instructions, the second stays 0.
     pub(crate) fn in_callgrind(exchange: &Exchange) -> Self {
         let program =
             std::env::var_os("TOLLGATE_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_tollgate").into());

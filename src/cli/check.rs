@@ -178,7 +178,10 @@ fn whose(StoredOverride { environment, scope, name, .. }: &StoredOverride) -> St
         "environment" => format!("environment '{environment}'"),
         "caller" | "model" => format!("{scope} '{name}' of environment '{environment}'"),
         "upstream" => format!("upstream '{name}'"),
-        _ => format!("models '{name}' of an upstream"),
+        _ => {
+            let (upstream, models) = name.split_once('/').unwrap_or((name, ""));
+            format!("model '{models}' of upstream '{upstream}'")
+        }
     }
 }
 

@@ -171,6 +171,7 @@ fn digest_of_secret(setting: &Setting<'_>) -> Option<[u8; 32]> {
             "this key is shorter than {MIN_SECURE_KEY_BYTES} characters and can be guessed; use a longer one"
         ));
     }
+    setting.warn_of_literal_reference(secret);
     Some(Sha256::digest(secret).into())
 }
 

@@ -238,14 +238,18 @@ impl<'n> Setting<'n> {
                 "this key has a space at its beginning or end, or a character that a header must not contain; remove it",
             );
         }
-        // A value that came from a variable or a file may be anything.
-        let is_reference = ["$", "file:", "env:"].iter().any(|begin| text.starts_with(begin));
-        if is_reference && !self.is_external() {
+        self.warn_of_literal_reference(text);
+        (!text.is_empty()).then(|| Secret::new(text))
+    }
+
+    /// Warns of a key that looks like the name of a variable or of a file. A value that came from one may be anything.
+    pub(super) fn warn_of_literal_reference(&self, key: &str) {
+        let looks_so = ["$", "file:", "env:"].iter().any(|begin| key.starts_with(begin));
+        if looks_so && !self.is_external() {
             self.warn(
                 "this text itself is the key; write ${NAME} for the value of a variable, or ${file:/path} for the content of a file",
             );
         }
-        (!text.is_empty()).then(|| Secret::new(text))
     }
 
     fn is_external(&self) -> bool {

@@ -71,7 +71,7 @@ impl Engine {
         }
     }
 
-    /// The time until the first override ends. `None`: no override ends by itself.
+    /// The time until the first override ends. `None`: the time is unknown, or no override ends by itself.
     pub(super) fn override_end(&self) -> Option<Duration> {
         // A little later, so that it has ended.
         self.with_local(|local, now| local.overrides.ms_to_next_end(now))

@@ -157,10 +157,10 @@ impl Overrides {
         now >= self.next_end
     }
 
-    /// The time until the first override ends. `None`: no override ends by itself.
+    /// The time until the first override ends. `None`: no override ends by itself, or Redis has not ended a due one yet.
     pub(super) fn ms_to_next_end(&self, now: Timestamp) -> Option<u64> {
-        (self.next_end.0 < i64::MAX)
-            .then(|| u64::try_from(self.next_end.0.saturating_sub(now.0)).unwrap_or(0))
+        let ms = self.next_end.0.saturating_sub(now.0);
+        u64::try_from(ms).ok().filter(|_| ms > 0 && self.next_end.0 < i64::MAX)
     }
 
     /// Removes the overrides that have ended. Returns whether there were any.

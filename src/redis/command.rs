@@ -234,7 +234,10 @@ impl CommandBuilder {
     }
 
     /// Joins with a config written at `stamp`. The script creates missing cells with these states. For the others, the limits of
-    /// the newest config of the nodes alive are in force; among equally old ones, those of the session that joined last. `enforce`: the override that Redis adopts if it has no data. `sent`: the session has joined before, so that its states can restore lost data.
+    /// the newest config of the nodes alive are in force; among equally old ones, those of the session that joined last.
+    ///
+    /// `states`: for each cell its state, its override, and whether the config has the quota. `enforce`: the override that
+    /// Redis adopts if it has no data. `sent`: the session has joined before, so that its states can restore lost data.
     ///
     /// Values of the reply:
     /// 1. the number of created cells,

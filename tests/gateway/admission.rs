@@ -411,14 +411,8 @@ async fn on_overrun_cut_follows_enforce_of_the_admin_api_and_limits_of_the_upstr
         );
         let gateway = Gateway::from_config(&text).await;
         if let Some(set) = set {
-            let mut admin = Caller::connect(gateway.admin).await;
             let body = format!(r#"{{"enforce":{set}}}"#);
-            let (host, length) = (gateway.admin, body.len());
-            let head = "PATCH /api/environments/staging HTTP/1.1";
-            admin
-                .send(format!("{head}\r\nhost: {host}\r\ncontent-length: {length}\r\n\r\n{body}").as_bytes())
-                .await;
-            assert_eq!(admin.reply().await.status, 200);
+            change(&gateway, "PATCH", "/api/environments/staging", &body).await;
         }
         let reply = gateway.chat(&hello(r#""stream":true"#)).await;
         let was_cut = reply.text().contains(r#""finish_reason":"length""#);
@@ -449,12 +443,8 @@ async fn a_request_that_waits_goes_on_when_an_override_ends() {
             upstream.address
         );
         let gateway = Gateway::from_config(&text).await;
-        let mut admin = Caller::connect(gateway.admin).await;
         let method = if target.is_empty() { "PATCH" } else { "PUT" };
-        let (host, length) = (gateway.admin, set.len());
-        let head = format!("{method} /api/environments/staging{target} HTTP/1.1\r\nhost: {host}");
-        admin.send(format!("{head}\r\ncontent-length: {length}\r\n\r\n{set}").as_bytes()).await;
-        assert_eq!(admin.reply().await.status, 200);
+        change(&gateway, method, &format!("/api/environments/staging{target}"), set).await;
         let mut callers = Vec::new();
         for _ in 0..2 {
             let mut caller = gateway.caller().await;

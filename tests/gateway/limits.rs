@@ -18,17 +18,6 @@ async fn gateway(upstream: &Upstream, folder: &Path) -> Gateway {
     Gateway::from_config(&text).await
 }
 
-async fn admin(gateway: &Gateway, method: &str, target: &str, body: &str) -> Reply {
-    let mut caller = Caller::connect(gateway.admin).await;
-    let head = format!(
-        "{method} {target} HTTP/1.1\r\nhost: {}\r\ncontent-length: {}\r\n\r\n{body}",
-        gateway.admin,
-        body.len()
-    );
-    caller.send(head.as_bytes()).await;
-    caller.reply().await
-}
-
 const HOURLY: &str = "/api/environments/staging/quotas/total_tokens/hour";
 
 fn hourly(environment: &Value) -> (u64, i64, u64, String) {

@@ -90,17 +90,6 @@ async fn gateway_with(upstream: &Upstream, telemetry: &str) -> Gateway {
     Gateway::from_config(&text).await
 }
 
-/// Sends a change to the admin API.
-async fn change(gateway: &Gateway, method: &str, target: &str, body: &str) {
-    let mut caller = Caller::connect(gateway.admin).await;
-    let (host, length) = (gateway.admin, body.len());
-    let head =
-        format!("{method} {target} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n\r\n{body}");
-    caller.send(head.as_bytes()).await;
-    let reply = caller.reply().await;
-    assert_eq!(reply.status, 200, "{}", reply.text());
-}
-
 async fn send(gateway: &Gateway, path: &str, key: &str, body: &str) -> Reply {
     gateway.send("POST", path, key, body).await
 }

@@ -22,15 +22,6 @@ fn config(upstream: &Upstream, folder: &Path, quotas: &str) -> String {
     )
 }
 
-async fn admin(gateway: &Gateway, method: &str, target: &str, body: &str) -> Reply {
-    let mut caller = Caller::connect(gateway.admin).await;
-    let (host, length) = (gateway.admin, body.len());
-    let head =
-        format!("{method} {target} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n\r\n{body}");
-    caller.send(head.as_bytes()).await;
-    caller.reply().await
-}
-
 const ENVIRONMENT: &str = "/api/environments/staging";
 const TOTAL: &str = "/api/environments/staging/quotas/total_tokens/hour";
 const PROMPT: &str = "/api/environments/staging/quotas/prompt_tokens/minute";

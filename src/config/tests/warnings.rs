@@ -20,6 +20,8 @@ fn a_key_that_looks_like_the_name_of_a_variable_or_a_file_gives_a_warning() {
         let warned = warnings(&with_upstream(&format!("base_url: 'http://u', api_key: '{key}'")));
         assert_eq!(warned.contains("this text itself is the key"), is_warned, "{key}: {warned}");
         assert!(!warned.contains(key), "{warned}");
+        let warned = warnings(&with(&format!("keys: [{{ name: a, secret: '{key}' }}]")));
+        assert_eq!(warned.contains("this text itself is the key"), is_warned, "{key}: {warned}");
     }
 }
 

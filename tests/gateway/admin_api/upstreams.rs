@@ -21,10 +21,6 @@ async fn gateway_with(upstream: &Upstream, store: &str) -> Gateway {
     .await
 }
 
-async fn admin(gateway: &Gateway, method: &str, target: &str, body: &str) -> Reply {
-    super::request(gateway, method, target, "", body).await
-}
-
 async fn chat(gateway: &Gateway, environment: &str) -> Reply {
     gateway.post(&format!("/{environment}{CHAT}"), &hello(r#""max_tokens":2"#)).await
 }

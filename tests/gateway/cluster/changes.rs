@@ -11,17 +11,6 @@ use std::time::Duration;
 
 const REQUESTS: &str = "/api/environments/staging/quotas/requests/day";
 
-async fn admin(gateway: &Gateway, method: &str, target: &str, body: &str) -> Reply {
-    let mut caller = Caller::connect(gateway.admin).await;
-    let (host, length) = (gateway.admin, body.len());
-    let head =
-        format!("{method} {target} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n\r\n{body}");
-    caller.send(head.as_bytes()).await;
-    let reply = caller.reply().await;
-    assert_eq!(reply.status, 200, "{}", reply.text());
-    reply
-}
-
 /// The used amount of the environment's only quota on requests.
 async fn used(gateway: &Gateway) -> u64 {
     let environment = gateway.environment().await;
@@ -85,10 +74,10 @@ async fn requests_that_cross_a_change_of_a_limit_or_of_enforce_are_admitted_and_
     });
     let callers: Vec<_> = callers.collect();
     for _ in 0..20 {
-        admin(&gateway, "PUT", REQUESTS, r#"{"limit": "1M"}"#).await;
-        admin(&gateway, "PATCH", "/api/environments/staging", r#"{"enforce": false}"#).await;
-        admin(&gateway, "DELETE", REQUESTS, "").await;
-        admin(&gateway, "PATCH", "/api/environments/staging", r#"{"enforce": null}"#).await;
+        change(&gateway, "PUT", REQUESTS, r#"{"limit": "1M"}"#).await;
+        change(&gateway, "PATCH", "/api/environments/staging", r#"{"enforce": false}"#).await;
+        change(&gateway, "DELETE", REQUESTS, "").await;
+        change(&gateway, "PATCH", "/api/environments/staging", r#"{"enforce": null}"#).await;
     }
     is_over.store(true, Ordering::Relaxed);
     for caller in callers {
@@ -140,7 +129,7 @@ async fn a_quota_that_is_changed_and_changed_back_keeps_what_was_used_in_between
                     gateway = with_quota(&redis, &upstream, &file, quota).await;
                 } else {
                     write(&redis, &upstream, &file, quota);
-                    admin(&gateway, "POST", "/api/config/reload", "").await;
+                    change(&gateway, "POST", "/api/config/reload", "").await;
                 }
                 let is_right = async || used(&gateway).await == expected;
                 for _ in 0..30 {

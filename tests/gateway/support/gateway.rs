@@ -148,6 +148,22 @@ impl Gateway {
     }
 }
 
+/// Sends a request with a body to the admin listener of a gateway.
+pub async fn admin(gateway: &Gateway, method: &str, target: &str, body: &str) -> Reply {
+    let mut caller = Caller::connect(gateway.admin).await;
+    let (host, length) = (gateway.admin, body.len());
+    let head =
+        format!("{method} {target} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n\r\n{body}");
+    caller.send(head.as_bytes()).await;
+    caller.reply().await
+}
+
+/// Sends a change to the admin API, which must succeed.
+pub async fn change(gateway: &Gateway, method: &str, target: &str, body: &str) {
+    let reply = admin(gateway, method, target, body).await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
+}
+
 /// Sends a GET request to an admin listener.
 pub async fn admin_get_at(admin: SocketAddr, target: &str) -> Reply {
     let mut caller = Caller::connect(admin).await;

@@ -16,7 +16,7 @@ pub mod upstream;
 
 pub use caller::{Caller, Reply};
 pub use framing::{Framing, framed, of_type};
-pub use gateway::Gateway;
+pub use gateway::{Gateway, admin, change};
 pub use process::Process;
 pub use program::{run, tollgate};
 pub use upstream::{Answer, SeenRequest, Step, Upstream};
