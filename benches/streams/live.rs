@@ -18,10 +18,9 @@ const EVENT_EVERY: Duration = Duration::from_millis(200);
 const SLOW_READERS: usize = 200;
 /// Streams to callers that do not read: size in MiB, and tokens in each event.
 const FLOODS: [(usize, usize); 3] = [(4, 1), (16, 1), (16, 150)];
-/// Minimum number of rounds. Each round measures streams directly from the mock, and streams through the gateway.
-/// More rounds follow until one is within bounds, because other load on the machine delays events, most of all
-/// those that pass through more processes.
-const ROUNDS: usize = 3;
+/// Each round measures streams directly from the mock, and streams through the gateway. After the minimum of
+/// `measure_paced`, more rounds follow until one is within bounds, because other load on the machine delays events, most
+/// of all those that pass through more processes.
 const MAX_ROUNDS: usize = 20;
 const MAX_KIB_PER_STREAM: f64 = 64.0;
 const MAX_KIB_PER_UNREAD_STREAM: f64 = 256.0;
@@ -35,8 +34,9 @@ pub(crate) fn measure_paced(is_quick: bool) -> bool {
     let folder = tempfile::tempdir().unwrap();
     let upstream = runtime.block_on(mock(paced));
     let (gateway, address) = start(upstream, folder.path());
-    let duration = Duration::from_secs(if is_quick { 2 } else { 10 });
-    paced_streams(&runtime, upstream, &gateway, address, duration)
+    let (min_rounds, duration) =
+        if is_quick { (1, Duration::from_secs(2)) } else { (3, Duration::from_secs(10)) };
+    paced_streams(&runtime, upstream, &gateway, address, duration, min_rounds)
 }
 
 pub(crate) fn measure_unread() -> bool {
@@ -70,6 +70,7 @@ fn paced_streams(
     gateway: &Peer,
     address: SocketAddr,
     duration: Duration,
+    min_rounds: usize,
 ) -> bool {
     println!(
         "### {STREAMS} streams of {} s, an event every {} ms\n",
@@ -83,7 +84,7 @@ fn paced_streams(
     runtime.block_on(follow(address, 20, Duration::from_millis(500), || ()));
     let (idle, before) = (gateway.resident(), gateway.cpu());
     let (mut rounds, mut resident, mut events) = (Vec::new(), 0, 0);
-    while rounds.len() < ROUNDS || rounds.len() < MAX_ROUNDS && !rounds.iter().any(Round::is_within) {
+    while rounds.len() < min_rounds || rounds.len() < MAX_ROUNDS && !rounds.iter().any(Round::is_within) {
         let (latencies, ()) = runtime.block_on(follow(upstream, STREAMS, duration, || ()));
         let direct = quantiles("direct", &latencies);
         let (latencies, seen) = runtime.block_on(follow(address, STREAMS, duration, || gateway.resident()));

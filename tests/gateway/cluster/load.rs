@@ -198,7 +198,7 @@ async fn run_round(policy: &str, limit: usize, nodes: u32, fault: Fault) -> Opti
     let (before, unconfirmed) = (within(Duration::MAX), within(MAX_UNCONFIRMED_TIME) + in_flight);
     if policy == "closed" {
         // Denials of the closed policy are temporary, so the callers do not stop.
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
     } else {
         wait_until_exhausted(std::mem::take(&mut callers)).await;
     }
@@ -252,13 +252,13 @@ async fn test_policy(policy: &str, limit: usize, max_admitted: impl Fn(usize, &O
 
 #[tokio::test]
 async fn the_local_policy_over_admits_at_most_the_reservations_since_the_last_reported_level() {
-    const LIMIT: usize = 1_000;
+    const LIMIT: usize = 500;
     test_policy("local", LIMIT, |_, outcome| LIMIT + outcome.losses() * outcome.unknown).await;
 }
 
 #[tokio::test]
 async fn the_closed_policy_never_over_admits() {
-    const LIMIT: usize = 1_000;
+    const LIMIT: usize = 500;
     test_policy("closed", LIMIT, |_, _| LIMIT).await;
 }
 
