@@ -191,9 +191,8 @@ impl App {
         self.store = store
             .map(|store| store.start(self.state.accounts().clone(), self.state.calibrations().clone()))
             .transpose()?;
-        for thread in self.workers.iter().chain([&self.admin]) {
-            thread.set(RunState::Running);
-        }
+        self.set_workers(RunState::Running);
+        self.admin.set(RunState::Running);
         let control = match claimed {
             Some(Claimed { control, predecessor, pid }) => {
                 tracing::info!(pid, "replaced a running gateway, which serves its last connections");
@@ -278,9 +277,7 @@ impl App {
         self.reloads.set(RunState::Stopped);
         self.health_checks.set(RunState::Stopped);
         self.admin.set(RunState::Draining(ADMIN_DRAIN));
-        for worker in &self.workers {
-            worker.set(RunState::Closing { accepts: false });
-        }
+        self.set_workers(RunState::Closing { accepts: false });
         self.reloads.join();
         self.admin.join();
         let drain_timeout = self.state.current().config.server.drain_timeout;
@@ -324,9 +321,7 @@ impl App {
         let in_flight = self.state.in_flight();
         let config = self.state.current().config.clone();
         if !config.server.drain_delay.is_zero() {
-            for worker in &self.workers {
-                worker.set(RunState::Closing { accepts: true });
-            }
+            self.set_workers(RunState::Closing { accepts: true });
             thread::sleep(config.server.drain_delay);
         }
         self.reloads.set(RunState::Stopped);
@@ -340,14 +335,20 @@ impl App {
         ShutdownReport { in_flight, cut_off, took: clock.elapsed() }
     }
 
+    /// Changes the state of all workers at the same moment. Otherwise one of them could accept a connection that another has
+    /// made room for because it drains.
+    fn set_workers(&self, state: RunState) {
+        if let Some(worker) = self.workers.first() {
+            worker.set(state);
+        }
+    }
+
     /// Drains the workers. Returns the number of connections that they cut off.
     fn drain(&mut self, drain_timeout: Duration, empties_queue: bool) -> usize {
         self.state.drain(drain_timeout);
         self.health_checks.set(RunState::Stopped);
-        for worker in &self.workers {
-            let drain = DrainRules { answers: drain_timeout, endings: MAX_ENDING_TIME, empties_queue };
-            worker.set(RunState::Draining(drain));
-        }
+        let rules = DrainRules { answers: drain_timeout, endings: MAX_ENDING_TIME, empties_queue };
+        self.set_workers(RunState::Draining(rules));
         self.workers.iter_mut().map(ServerThread::join).sum()
     }
 
@@ -387,9 +388,9 @@ impl App {
 impl Drop for App {
     fn drop(&mut self) {
         self.stop_watchdog();
-        for thread in self.workers.iter_mut().chain([&mut self.admin, &mut self.reloads]) {
-            thread.set(RunState::Stopped);
-        }
+        self.set_workers(RunState::Stopped);
+        self.admin.set(RunState::Stopped);
+        self.reloads.set(RunState::Stopped);
         for thread in self.workers.iter_mut().chain([&mut self.admin, &mut self.reloads]) {
             thread.join();
         }
@@ -409,6 +410,7 @@ impl Parts {
         };
         let health_checks = health_checks::start(state.clone(), tls.clone())?;
         let (mut threads, mut proxies) = (Vec::new(), Vec::new());
+        let run_state = watch::Sender::new(RunState::Waiting);
         for listener in &sockets.workers {
             let proxy = Arc::new(WorkerProxy::new(state.clone(), &tls)?);
             let runtime = if workers == Workers::PerCore {
@@ -421,6 +423,7 @@ impl Parts {
                 listeners.callers.clone(),
                 proxy.clone(),
                 runtime,
+                run_state.clone(),
             )?);
             proxies.push(proxy);
         }
@@ -506,13 +509,15 @@ fn start_handover(
     })
 }
 
+/// `run_state`: the state of all workers.
 fn start_worker(
     socket: TcpListener,
     listener: Arc<Listener>,
     proxy: Arc<WorkerProxy>,
     runtime: Runtime,
+    run_state: watch::Sender<RunState>,
 ) -> anyhow::Result<ServerThread> {
-    ServerThread::spawn("worker", runtime, move |run_state| {
+    ServerThread::spawn_with("worker", runtime, run_state, move |run_state| {
         let service_for = move |peer: Arc<Peer>| {
             let proxy = proxy.clone();
             service_fn(move |request| {

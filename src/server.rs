@@ -76,6 +76,16 @@ pub(crate) enum RunState {
     Stopped,
 }
 
+impl RunState {
+    /// Whether a server accepts connections in this state, or may later.
+    fn may_accept(self) -> bool {
+        match self {
+            Self::Waiting | Self::Running | Self::Closing { accepts: true } => true,
+            Self::Closing { accepts: false } | Self::Draining(_) | Self::Stopped => false,
+        }
+    }
+}
+
 /// How a server drains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DrainRules {
@@ -148,6 +158,7 @@ where
         limits: &listener.limits,
         failed: &listener.failed,
         crowded: &listener.crowded,
+        state: state.clone(),
     };
     let service_for = Arc::new(service_for);
     // Every connection holds a sender: the channel closes with the last connection.
@@ -207,11 +218,7 @@ async fn accept_ended(state: &mut watch::Receiver<RunState>, closes: &AtomicBool
     loop {
         let now = *state.borrow_and_update();
         closes.store(!matches!(now, RunState::Waiting | RunState::Running), Ordering::Relaxed);
-        match now {
-            RunState::Closing { accepts: false } | RunState::Draining(_) | RunState::Stopped => return,
-            RunState::Waiting | RunState::Running | RunState::Closing { accepts: true } => {}
-        }
-        if state.changed().await.is_err() {
+        if !now.may_accept() || state.changed().await.is_err() {
             return;
         }
     }

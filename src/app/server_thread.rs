@@ -32,7 +32,20 @@ impl ServerThread {
     where
         F: Future<Output = io::Result<usize>>,
     {
-        let (run_state, receiver) = watch::channel(RunState::Waiting);
+        Self::spawn_with(thread, runtime, watch::Sender::new(RunState::Waiting), serve)
+    }
+
+    /// Threads with the same `run_state` change their state together.
+    pub(super) fn spawn_with<F>(
+        thread: &'static str,
+        runtime: Runtime,
+        run_state: watch::Sender<RunState>,
+        serve: impl FnOnce(watch::Receiver<RunState>) -> F + Send + 'static,
+    ) -> anyhow::Result<Self>
+    where
+        F: Future<Output = io::Result<usize>>,
+    {
+        let receiver = run_state.subscribe();
         let event_loop = EventLoop { thread, runtime: runtime.handle().clone() };
         let run = move || {
             let cut_off = runtime.block_on(serve(receiver)).unwrap_or_else(|error| {

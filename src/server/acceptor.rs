@@ -1,5 +1,6 @@
 //! Accepts the connections of one listening socket, within the bounds of its listener.
 
+use super::RunState;
 use super::limits::{ConnectionLimits, Slot};
 use crate::telemetry::EventCount;
 use std::future::poll_fn;
@@ -9,6 +10,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::yield_now;
 use tokio::time::sleep;
 
@@ -23,6 +25,7 @@ pub(super) struct Acceptor<'l> {
     pub(super) failed: &'l EventCount,
     /// Connections of addresses that have too many.
     pub(super) crowded: &'l EventCount,
+    pub(super) state: watch::Receiver<RunState>,
 }
 
 impl Acceptor<'_> {
@@ -70,8 +73,14 @@ impl Acceptor<'_> {
 
     /// Takes a slot before a connection, and not the other way round: a connection without a slot stays in the kernel's
     /// queue. The slot is given back if no connection waits here, so that another socket can use it.
+    ///
+    /// The slot may come from a connection that has just ended because the server drains. The task learns of a new state by a
+    /// notification, which may arrive later, so this reads the state itself. The task then wakes by that notification.
     fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<(TcpStream, SocketAddr, Slot)>> {
         let slot = ready!(self.limits.poll_slot(cx));
+        if !self.state.borrow().may_accept() {
+            return Poll::Pending;
+        }
         let (stream, address) = ready!(self.listener.poll_accept(cx))?;
         Poll::Ready(Ok((stream, address, slot)))
     }

@@ -303,7 +303,7 @@ async fn a_caller_that_has_just_connected_is_answered_during_a_shutdown() {
         let settings = format!("drain_timeout: 5s, http2: {allows_http2}");
         let text = config(&upstream, "5s", "", "memory: true").replace("drain_timeout: 5s", &settings);
         let mut complete_rounds = 0;
-        for _ in 0..20 {
+        for _ in 0..60 {
             let mut gateway = Gateway::from_config(&text).await;
             let connected = Instant::now();
             let socket = tokio::net::TcpStream::connect(gateway.address).await.unwrap();

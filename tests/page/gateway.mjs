@@ -1,13 +1,14 @@
 // The gateway's real binary, with a backend in this process.
 
 import { spawn } from "node:child_process";
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import http from "node:http";
 import { tmpdir } from "node:os";
 import path from "node:path";
 import readline from "node:readline";
 
 const BINARY = process.env.TOLLGATE_BIN ?? path.resolve(import.meta.dirname, "../../target/debug/tollgate");
+if (!existsSync(BINARY)) throw new Error(`there is no gateway at ${BINARY}: build it, or set TOLLGATE_BIN`);
 
 /** A backend that reports this usage for each request, and refuses requests for the model `gpt-4o-limited` for 30 s. */
 function startBackend(usage) {

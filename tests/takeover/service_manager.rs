@@ -163,7 +163,8 @@ fn a_new_process_leaves_connections_in_the_socket_that_the_service_manager_keeps
     assert_eq!(third.exit_code(MAX_WAIT), Some(0), "{}", third.log());
     // The next process that the service manager starts would get it.
     socket.set_nonblocking(true).unwrap();
-    let (mut connection, address) = socket.accept().unwrap();
+    let accepted = socket.accept();
+    let (mut connection, address) = accepted.unwrap_or_else(|error| panic!("{error}\n{}", third.log()));
     assert_eq!(address, queued.local_addr().unwrap());
     drop(queued);
     connection.set_nonblocking(false).unwrap();
