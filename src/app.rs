@@ -48,6 +48,9 @@ const ADMIN_DRAIN: DrainRules =
 const MAX_ENDING_TIME: Duration = Duration::from_secs(1);
 /// Added to the longest shutdown that the config allows: for the last settlements and commits.
 const SHUTDOWN_MARGIN: Duration = Duration::from_secs(10);
+/// The longest time that a process which stops waits for the one that it has replaced. That process ends by itself, after its
+/// own `server.drain_timeout`.
+const MAX_PREDECESSOR_WAIT: Duration = Duration::from_hours(1);
 /// Interval at which a replaced process checks whether its connections have ended.
 const END_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -281,13 +284,13 @@ impl App {
         self.reloads.join();
         self.admin.join();
         let drain_timeout = self.state.current().config.server.drain_timeout;
-        let is_serving =
-            |app: &Self| app.workers.iter().chain(&app.predecessor).any(|thread| !thread.has_ended());
+        let is_serving = |app: &Self| app.workers.iter().any(|thread| !thread.has_ended());
         while clock.elapsed() < drain_timeout && is_serving(&self) {
             thread::sleep(END_POLL_INTERVAL);
         }
         // The other process accepts the connections that wait.
         let cut_off = self.drain(Duration::ZERO, false);
+        self.wait_for_predecessor();
         self.stop_last_threads();
         ShutdownReport { in_flight, cut_off, took: clock.elapsed() }
     }
@@ -324,11 +327,15 @@ impl App {
             self.set_workers(RunState::Closing { accepts: true });
             thread::sleep(config.server.drain_delay);
         }
+        if self.end_handovers() {
+            return self.finish_handover();
+        }
         self.reloads.set(RunState::Stopped);
         self.reloads.join();
         // Its handles of the listening sockets would keep them open.
         self.stop_handover();
         let cut_off = self.drain(config.server.drain_timeout, !self.has_passed_socket);
+        self.wait_for_predecessor();
         self.admin.set(RunState::Draining(ADMIN_DRAIN));
         self.admin.join();
         self.stop_last_threads();
@@ -367,6 +374,26 @@ impl App {
         // The store's thread sends its last usage to a process that has replaced this one.
         drop(self.store.take());
         self.stop_handover();
+    }
+
+    /// From now on no other process can replace this one. Returns whether one has done so before.
+    fn end_handovers(&self) -> bool {
+        if let Some(thread) = &self.successor {
+            thread.set(RunState::Closing { accepts: false });
+            while !thread.has_ended() && self.replaced.borrow().is_none() {
+                thread::sleep(END_POLL_INTERVAL);
+            }
+        }
+        self.replaced.borrow().is_some()
+    }
+
+    /// Waits until the process that this one has replaced ends. It charges its last requests here until then.
+    fn wait_for_predecessor(&self) {
+        let clock = Stopwatch::start();
+        let Some(thread) = &self.predecessor else { return };
+        while !thread.has_ended() && clock.elapsed() < MAX_PREDECESSOR_WAIT {
+            thread::sleep(END_POLL_INTERVAL);
+        }
     }
 
     fn stop_handover(&mut self) {

@@ -229,6 +229,11 @@ pub(crate) async fn stopped(state: &mut watch::Receiver<RunState>) {
     drop(state.wait_for(|state| *state == RunState::Stopped).await);
 }
 
+/// Returns when the server must not accept any more. Also returns when the sender was dropped.
+pub(crate) async fn closing(state: &mut watch::Receiver<RunState>) {
+    drop(state.wait_for(|state| !state.may_accept()).await);
+}
+
 /// Returns when the server must drain or stop. Also returns when the sender was dropped.
 async fn stopping(state: &mut watch::Receiver<RunState>) {
     let is_stopping = |state: &RunState| matches!(state, RunState::Draining(_) | RunState::Stopped);

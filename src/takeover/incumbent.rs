@@ -87,7 +87,7 @@ impl Incumbent {
         })
     }
 
-    /// Waits for a new process and hands over to it. `None`: the gateway stops.
+    /// Waits for a new process and hands over to it. `None`: the gateway closes, and no process has taken over before.
     ///
     /// # Errors
     /// The control socket fails.
@@ -109,7 +109,11 @@ impl Incumbent {
             };
             tokio::select! {
                 biased;
-                () = server::stopped(&mut run_state) => return Ok(None),
+                () = server::closing(&mut run_state) => return match current {
+                    // It may have let go of its counters already.
+                    Some(handover) => Ok(handover.await.ok().flatten()),
+                    None => Ok(None),
+                },
                 outcome = done => match outcome {
                     Some(outcome) => return Ok(Some(outcome)),
                     None => current = None,

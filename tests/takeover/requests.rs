@@ -58,6 +58,71 @@ fn a_stream_of_the_old_process_settles_once_in_the_counters_of_the_new_one() {
     }
 }
 
+/// Reads the rest of a stream. Returns the tokens that it reports.
+fn reported_by(stream: &mut Connection) -> u64 {
+    let mut text = String::new();
+    while let Some(chunk) = stream.chunk().unwrap() {
+        text += &String::from_utf8(chunk).unwrap();
+    }
+    tokens(&text).unwrap()
+}
+
+#[test]
+fn a_process_that_is_replaced_in_its_drain_delay_charges_at_the_new_one() {
+    let (upstream, port) = Upstream::start();
+    // The answer is smaller than its reservation, which would be charged in full if the old process were lost.
+    let place = Place::new(
+        port,
+        "drain_delay: 2s, drain_timeout: 20s",
+        "reserve: { completion: max_tokens }, quotas: { total_tokens: { limit: 1k, per: day } }",
+        FILE,
+    );
+    let mut old = place.start();
+    let mut stream = Connection::open(place.port).unwrap();
+    stream.post(&held_stream()).unwrap();
+    stream.head().unwrap();
+    old.terminate();
+    thread::sleep(Duration::from_millis(300));
+    let _new = place.start();
+    // The old process goes on after its delay.
+    thread::sleep(Duration::from_millis(2_200));
+    assert_eq!(place.environment()["in_flight"], 1, "{}", old.log());
+    upstream.is_released.store(true, SeqCst);
+    let tokens = reported_by(&mut stream);
+    let environment = place.settled();
+    assert_eq!(quota(&environment, "total_tokens")["used"], tokens, "{environment:#}");
+    drop(stream);
+    assert_eq!(old.exit_code(Duration::from_secs(5)), Some(0), "{}", old.log());
+}
+
+#[test]
+fn a_new_process_that_stops_waits_for_the_old_one() {
+    let (upstream, port) = Upstream::start();
+    let place = Place::new(
+        port,
+        "drain_timeout: 20s",
+        "reserve: { completion: max_tokens }, quotas: { total_tokens: { limit: 1k, per: day } }",
+        FILE,
+    );
+    let mut old = place.start();
+    let mut stream = Connection::open(place.port).unwrap();
+    stream.post(&held_stream()).unwrap();
+    stream.head().unwrap();
+    let mut new = place.start();
+    new.terminate();
+    thread::sleep(Duration::from_secs(1));
+    assert!(new.child.try_wait().unwrap().is_none(), "{}", new.log());
+    upstream.is_released.store(true, SeqCst);
+    let tokens = reported_by(&mut stream);
+    drop(stream);
+    for process in [&mut old, &mut new] {
+        assert_eq!(process.exit_code(Duration::from_secs(5)), Some(0), "{}", process.log());
+    }
+    let _next = place.start();
+    let environment = place.settled();
+    assert_eq!(quota(&environment, "total_tokens")["used"], tokens, "{environment:#}");
+}
+
 #[test]
 fn the_old_process_refuses_by_the_counters_of_the_new_one() {
     let (_, port) = Upstream::start();
