@@ -16,6 +16,9 @@ use std::time::Duration;
 /// How long the old process may take to exit after its control connection has closed.
 const EXIT_TIME: Duration = Duration::from_millis(500);
 
+/// File descriptors that a process needs at most between the hand-over and its first request.
+const LAST_DESCRIPTORS: usize = 32;
+
 /// A running gateway, with the sockets and the lock that it has sent.
 #[derive(Debug)]
 pub(crate) struct Claim {
@@ -121,6 +124,14 @@ impl Claim {
     pub(crate) fn finish(self) -> anyhow::Result<Claimed> {
         let Self { stream, incumbent, control, .. } = self;
         let pid = incumbent.pid;
+        // Reserved until the old process has let go. Without descriptors this one would then end, and nothing would serve.
+        let reserved: io::Result<Vec<File>> =
+            (0..LAST_DESCRIPTORS).map(|_| File::open("/dev/null")).collect();
+        let reserved = reserved.with_context(|| {
+            format!(
+                "{incumbent} was not replaced: this process may open too few files (raise ulimit -n or LimitNOFILE)"
+            )
+        })?;
         let replied = frame::write(&stream, &ToIncumbent::Ready).and_then(|()| frame::read(&stream));
         let predecessor = match replied {
             Ok(FromIncumbent::Go) => Some(stream),
@@ -132,6 +143,7 @@ impl Claim {
                 });
             }
         };
+        drop(reserved);
         if let Err(error) = control.adopt() {
             tracing::warn!(%error, "the next process that replaces this one cannot identify it");
         }

@@ -98,6 +98,15 @@ impl Place {
         self.run(command)
     }
 
+    /// Starts a process that may open this many files, and does not wait for it.
+    pub fn spawn_with_max_files(&self, max: u32) -> Process {
+        let mut command = Command::new("bash");
+        let serve = r#"ulimit -n "$1" && exec "$0" serve --config "$2""#;
+        command.args(["-c", serve, env!("CARGO_BIN_EXE_tollgate"), &max.to_string()]);
+        command.arg(self.folder.path().join("t.yaml")).stdin(Stdio::null());
+        self.run(command)
+    }
+
     /// Starts a process with this socket for callers, as a service manager does, and waits until it serves.
     pub fn start_with_socket(&self, socket: &TcpListener) -> Process {
         let mut command = Command::new("bash");

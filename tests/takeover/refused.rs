@@ -53,6 +53,27 @@ fn a_process_that_cannot_start_leaves_the_old_one_in_place() {
 }
 
 #[test]
+fn a_process_that_may_open_too_few_files_leaves_the_old_one_in_place() {
+    let (_, port) = Upstream::start();
+    let place = Place::new(port, "", QUOTAS, FILE);
+    let mut old = place.start();
+    for (refused, max) in (20..1_000).step_by(3).enumerate() {
+        let mut new = place.spawn_with_max_files(max);
+        while new.child.try_wait().unwrap().is_none() && !new.log().contains("\"serving\"") {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if new.child.try_wait().unwrap().is_none() {
+            assert!(refused > 5 && new.log().contains("replaced a running gateway"), "{}", new.log());
+            assert_eq!(old.exit_code(Duration::from_secs(20)), Some(0), "{}", old.log());
+            assert_serves(&place, &mut new);
+            return;
+        }
+        assert_serves(&place, &mut old);
+    }
+    panic!("no process takes over: {}", old.log());
+}
+
+#[test]
 fn one_of_two_simultaneous_new_processes_serves() {
     let (_, port) = Upstream::start();
     let place = Place::new(port, "", QUOTAS, FILE);
