@@ -6,6 +6,7 @@ mod health_checks;
 mod listeners;
 mod reloader;
 mod server_thread;
+mod shutdown;
 mod sockets;
 
 use crate::admin;
@@ -15,7 +16,7 @@ use crate::estimate::{self, Models};
 use crate::ledger::{Account, NamedAccount};
 use crate::proxy::{State, WorkerProxy};
 use crate::reload::ReloadHandle;
-use crate::server::{self, DrainRules, Listener, Peer, RunState};
+use crate::server::{self, Listener, Peer, RunState};
 use crate::service_manager::{self, EventLoop, PassedListeners};
 use crate::store::{Store, StoreWriter};
 use crate::takeover::{self, Claim, Claimed, ControlListener, HandoverOutcome, Incumbent};
@@ -38,22 +39,10 @@ use tokio_rustls::rustls::ClientConfig;
 
 pub use crate::server::CallerTimeouts;
 pub(crate) use listeners::load_certificate;
+pub use shutdown::ShutdownReport;
 
 /// How long the start waits until Redis is connected.
 const MAX_REDIS_WAIT: Duration = Duration::from_secs(1);
-/// How the admin listener drains at shutdown, after the listener for callers.
-const ADMIN_DRAIN: DrainRules =
-    DrainRules { answers: Duration::from_millis(100), endings: Duration::ZERO, empties_queue: false };
-/// How long callers may take to read how their interrupted answers end, after `server.drain_timeout`.
-const MAX_ENDING_TIME: Duration = Duration::from_secs(1);
-/// Added to the longest shutdown that the config allows: for the last settlements and commits.
-const SHUTDOWN_MARGIN: Duration = Duration::from_secs(10);
-/// The longest time that a process which stops waits for the one that it has replaced. That process ends by itself, after its
-/// own `server.drain_timeout`.
-const MAX_PREDECESSOR_WAIT: Duration = Duration::from_hours(1);
-/// Interval at which a replaced process checks whether its connections have ended.
-const END_POLL_INTERVAL: Duration = Duration::from_millis(10);
-
 /// How requests are distributed over the cores of the machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Workers {
@@ -100,17 +89,6 @@ struct Parts {
     workers: Workers,
     cores: usize,
     listeners: Listeners,
-}
-
-/// The result of a shutdown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ShutdownReport {
-    /// Number of requests in flight when the shutdown began.
-    pub in_flight: u64,
-    /// Number of connections whose requests had not ended after `server.drain_timeout`.
-    pub cut_off: usize,
-    /// How long the shutdown took.
-    pub took: Duration,
 }
 
 impl App {
@@ -173,7 +151,7 @@ impl App {
         let listeners = Listeners::open(&state.current().config, timeouts, &state.metrics)?;
         let parts = Parts { state, tls, workers, cores, listeners };
         let mut app = parts.start(&sockets)?;
-        let claimed = claim.map(Claim::finish).transpose()?;
+        let claimed = claim.map(|claim| claim.finish(sockets.workers.len())).transpose()?;
         // This process is the gateway from here on.
         app.begin(store, &sockets, claimed, takes_over)?;
         Ok(app)
@@ -245,20 +223,6 @@ impl App {
         Ok(())
     }
 
-    /// Ends the watchdog. A process that drains or was replaced sends no notifications.
-    fn stop_watchdog(&mut self) {
-        if let Some(mut watchdog) = self.watchdog.take() {
-            watchdog.set(RunState::Stopped);
-            watchdog.join();
-        }
-    }
-
-    /// The longest time that a shutdown takes.
-    pub(crate) fn max_shutdown_time(&self) -> Duration {
-        let server = &self.state.current().config.server;
-        server.drain_delay + server.drain_timeout + MAX_ENDING_TIME + SHUTDOWN_MARGIN
-    }
-
     /// Returns when another process has replaced this one, with its id. Then call [`App::finish_handover`].
     pub(crate) fn replaced(&self) -> impl Future<Output = i32> + Send + use<> {
         let mut replaced = self.replaced.subscribe();
@@ -268,31 +232,6 @@ impl App {
                 _ => std::future::pending().await,
             }
         }
-    }
-
-    /// Serves the open connections to their end, at most for `server.drain_timeout`, after another process has replaced this
-    /// one. Each connection closes after its next answer. It blocks until that is done.
-    pub fn finish_handover(mut self) -> ShutdownReport {
-        let clock = Stopwatch::start();
-        self.stop_watchdog();
-        let in_flight = self.state.in_flight();
-        self.state.begin_closing();
-        self.reloads.set(RunState::Stopped);
-        self.health_checks.set(RunState::Stopped);
-        self.admin.set(RunState::Draining(ADMIN_DRAIN));
-        self.set_workers(RunState::Closing { accepts: false });
-        self.reloads.join();
-        self.admin.join();
-        let drain_timeout = self.state.current().config.server.drain_timeout;
-        let is_serving = |app: &Self| app.workers.iter().any(|thread| !thread.has_ended());
-        while clock.elapsed() < drain_timeout && is_serving(&self) {
-            thread::sleep(END_POLL_INTERVAL);
-        }
-        // The other process accepts the connections that wait.
-        let cut_off = self.drain(Duration::ZERO, false);
-        self.wait_for_predecessor();
-        self.stop_last_threads();
-        ShutdownReport { in_flight, cut_off, took: clock.elapsed() }
     }
 
     /// Requests reloads of the config.
@@ -310,118 +249,12 @@ impl App {
         self.admin_address
     }
 
-    /// Shuts down in order: it accepts connections and serves requests for `server.drain_delay`. Then it stops accepting
-    /// connections, drains requests in flight for `server.drain_timeout`, ends the others with the error `shutting_down`, and
-    /// settles all. It blocks until that is done.
-    pub fn shutdown(mut self) -> ShutdownReport {
-        // The other process is the gateway already.
-        if self.replaced.borrow().is_some() {
-            return self.finish_handover();
-        }
-        let clock = Stopwatch::start();
-        self.stop_watchdog();
-        self.state.begin_closing();
-        let in_flight = self.state.in_flight();
-        let config = self.state.current().config.clone();
-        if !config.server.drain_delay.is_zero() {
-            self.set_workers(RunState::Closing { accepts: true });
-            thread::sleep(config.server.drain_delay);
-        }
-        if self.end_handovers() {
-            return self.finish_handover();
-        }
-        self.reloads.set(RunState::Stopped);
-        self.reloads.join();
-        // Its handles of the listening sockets would keep them open.
-        self.stop_handover();
-        let cut_off = self.drain(config.server.drain_timeout, !self.has_passed_socket);
-        self.wait_for_predecessor();
-        self.admin.set(RunState::Draining(ADMIN_DRAIN));
-        self.admin.join();
-        self.stop_last_threads();
-        ShutdownReport { in_flight, cut_off, took: clock.elapsed() }
-    }
-
-    /// Changes the state of all workers at the same moment. Otherwise one of them could accept a connection that another has
-    /// made room for because it drains.
+    /// Changes the state of all workers, which share it. With a state of its own, a worker could accept a connection after
+    /// another worker had begun to drain.
     fn set_workers(&self, state: RunState) {
         if let Some(worker) = self.workers.first() {
             worker.set(state);
         }
-    }
-
-    /// Drains the workers. Returns the number of connections that they cut off.
-    fn drain(&mut self, drain_timeout: Duration, empties_queue: bool) -> usize {
-        self.state.drain(drain_timeout);
-        self.health_checks.set(RunState::Stopped);
-        let rules = DrainRules { answers: drain_timeout, endings: MAX_ENDING_TIME, empties_queue };
-        self.set_workers(RunState::Draining(rules));
-        self.workers.iter_mut().map(ServerThread::join).sum()
-    }
-
-    /// Ends the threads that carry the last settlements, and the store.
-    fn stop_last_threads(&mut self) {
-        self.health_checks.set(RunState::Stopped);
-        self.health_checks.join();
-        if let Some(tracing) = &self.state.current().tracing {
-            tracing.shut_down();
-        }
-        self.stop_redis_thread();
-        if let Some(thread) = &mut self.predecessor {
-            thread.set(RunState::Stopped);
-            thread.join();
-        }
-        // The store's thread sends its last usage to a process that has replaced this one.
-        drop(self.store.take());
-        self.stop_handover();
-    }
-
-    /// From now on no other process can replace this one. Returns whether one has done so before.
-    fn end_handovers(&self) -> bool {
-        if let Some(thread) = &self.successor {
-            thread.set(RunState::Closing { accepts: false });
-            while !thread.has_ended() && self.replaced.borrow().is_none() {
-                thread::sleep(END_POLL_INTERVAL);
-            }
-        }
-        self.replaced.borrow().is_some()
-    }
-
-    /// Waits until the process that this one has replaced ends. It charges its last requests here until then.
-    fn wait_for_predecessor(&self) {
-        let clock = Stopwatch::start();
-        let Some(thread) = &self.predecessor else { return };
-        while !thread.has_ended() && clock.elapsed() < MAX_PREDECESSOR_WAIT {
-            thread::sleep(END_POLL_INTERVAL);
-        }
-    }
-
-    fn stop_handover(&mut self) {
-        if let Some(thread) = &mut self.successor {
-            thread.set(RunState::Stopped);
-            thread.join();
-        }
-    }
-
-    /// Ends the thread that communicates with Redis. All reservations are settled by now, so it sends the last of them.
-    fn stop_redis_thread(&mut self) {
-        if let Some(mut redis) = self.redis.take() {
-            redis.set(RunState::Stopped);
-            redis.join();
-        }
-    }
-}
-
-impl Drop for App {
-    fn drop(&mut self) {
-        self.stop_watchdog();
-        self.set_workers(RunState::Stopped);
-        self.admin.set(RunState::Stopped);
-        self.reloads.set(RunState::Stopped);
-        for thread in self.workers.iter_mut().chain([&mut self.admin, &mut self.reloads]) {
-            thread.join();
-        }
-        self.stop_last_threads();
     }
 }
 

@@ -16,7 +16,8 @@ use std::time::Duration;
 /// How long the old process may take to exit after its control connection has closed.
 const EXIT_TIME: Duration = Duration::from_millis(500);
 
-/// File descriptors that a process needs at most between the hand-over and its first request.
+/// File descriptors that a process opens at most between the hand-over and its first request, besides a copy of each listener
+/// for callers.
 const LAST_DESCRIPTORS: usize = 32;
 
 /// A running gateway, with the sockets and the lock that it has sent.
@@ -117,16 +118,17 @@ impl Claim {
         }
     }
 
-    /// Becomes the gateway, also if the old process has ended in the meantime: its requests have ended with it.
+    /// Becomes the gateway, also if the old process has ended in the meantime: its requests have ended with it. `listeners`:
+    /// the number of listeners for callers.
     ///
     /// # Errors
     /// The old process continues.
-    pub(crate) fn finish(self) -> anyhow::Result<Claimed> {
+    pub(crate) fn finish(self, listeners: usize) -> anyhow::Result<Claimed> {
         let Self { stream, incumbent, control, .. } = self;
         let pid = incumbent.pid;
-        // Reserved until the old process has let go. Without descriptors this one would then end, and nothing would serve.
-        let reserved: io::Result<Vec<File>> =
-            (0..LAST_DESCRIPTORS).map(|_| File::open("/dev/null")).collect();
+        // This process needs them when the old one does not accept any more. If it failed then, no process would serve.
+        let count = LAST_DESCRIPTORS + listeners;
+        let reserved: io::Result<Vec<File>> = (0..count).map(|_| File::open("/dev/null")).collect();
         let reserved = reserved.with_context(|| {
             format!(
                 "{incumbent} was not replaced: this process may open too few files (raise ulimit -n or LimitNOFILE)"

@@ -1,7 +1,7 @@
 //! New processes that do not replace the old one, which continues to serve.
 
 use super::gateway::{Place, Process};
-use super::http::{Connection, get};
+use super::http::{Connection, MAX_WAIT, get};
 use super::load::JSON;
 use super::port::free_port;
 use super::upstream::Upstream;
@@ -42,14 +42,14 @@ fn a_process_that_cannot_start_leaves_the_old_one_in_place() {
         ("port.yaml", 1, "in use by another process"),
     ] {
         let mut new = place.spawn(config);
-        assert_eq!(new.exit_code(Duration::from_secs(20)), Some(code), "{config}: {}", new.log());
+        assert_eq!(new.exit_code(MAX_WAIT), Some(code), "{config}: {}", new.log());
         assert!(new.log().contains(message), "{config}: {}", new.log());
         assert_serves(&place, &mut old);
     }
     // After all these failures, a process with the right config succeeds.
     let mut new = place.start();
     assert_serves(&place, &mut new);
-    assert_eq!(old.exit_code(Duration::from_secs(20)), Some(0));
+    assert_eq!(old.exit_code(MAX_WAIT), Some(0));
 }
 
 #[test]
@@ -64,7 +64,7 @@ fn a_process_that_may_open_too_few_files_leaves_the_old_one_in_place() {
         }
         if new.child.try_wait().unwrap().is_none() {
             assert!(refused > 5 && new.log().contains("replaced a running gateway"), "{}", new.log());
-            assert_eq!(old.exit_code(Duration::from_secs(20)), Some(0), "{}", old.log());
+            assert_eq!(old.exit_code(MAX_WAIT), Some(0), "{}", old.log());
             assert_serves(&place, &mut new);
             return;
         }
@@ -79,7 +79,7 @@ fn one_of_two_simultaneous_new_processes_serves() {
     let place = Place::new(port, "", QUOTAS, FILE);
     let mut old = place.start();
     let mut pair = [place.spawn("t.yaml"), place.spawn("t.yaml")];
-    assert_eq!(old.exit_code(Duration::from_secs(20)), Some(0), "{}", old.log());
+    assert_eq!(old.exit_code(MAX_WAIT), Some(0), "{}", old.log());
     let began = Instant::now();
     // The other process is refused, or it replaces the first one.
     while !pair.iter_mut().any(|process| process.child.try_wait().unwrap().is_some()) {
@@ -111,7 +111,7 @@ fn after_sigterm_the_gateway_serves_for_the_drain_delay() {
         assert_eq!((answer.status(), answer.header("connection")), (200, Some("close")), "{}", answer.text());
     }
     assert!(began.elapsed() < Duration::from_millis(1_400), "the machine is too slow for this test");
-    assert_eq!(process.exit_code(Duration::from_secs(20)), Some(0));
+    assert_eq!(process.exit_code(MAX_WAIT), Some(0));
     assert!(began.elapsed() > Duration::from_millis(1_300), "{:?}", began.elapsed());
     assert!(Connection::open(place.port).is_err());
 }

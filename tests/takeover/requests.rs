@@ -1,10 +1,12 @@
 //! Requests that are in flight in the old process when a new one takes over.
 
-use super::gateway::Place;
-use super::http::Connection;
+use super::gateway::{Place, Process};
+use super::http::{Connection, MAX_WAIT};
 use super::load::{JSON, STREAM, tokens};
 use super::upstream::Upstream;
 use serde_json::Value;
+use std::fs;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
 use std::time::Duration;
@@ -18,6 +20,15 @@ fn held_stream() -> String {
 fn quota(environment: &Value, kind: &str) -> Value {
     let quotas = environment["quotas"].as_array().unwrap();
     quotas.iter().find(|quota| quota["kind"] == kind).unwrap().clone()
+}
+
+/// Reads the rest of a stream. Returns the tokens that it reports.
+fn reported_by(stream: &mut Connection) -> u64 {
+    let mut text = String::new();
+    while let Some(chunk) = stream.chunk().unwrap() {
+        text += &String::from_utf8(chunk).unwrap();
+    }
+    tokens(&text).unwrap()
 }
 
 #[test]
@@ -41,11 +52,7 @@ fn a_stream_of_the_old_process_settles_once_in_the_counters_of_the_new_one() {
     let _third = place.start();
     assert_eq!(place.environment()["in_flight"], 1);
     upstream.is_released.store(true, SeqCst);
-    let mut text = String::new();
-    while let Some(chunk) = stream.chunk().unwrap() {
-        text += &String::from_utf8(chunk).unwrap();
-    }
-    let tokens = tokens(&text).unwrap();
+    let tokens = reported_by(&mut stream);
     let environment = place.settled();
     assert_eq!(environment["totals"]["total_tokens"], tokens, "{environment:#}");
     assert_eq!(quota(&environment, "total_tokens")["used"], tokens, "{environment:#}");
@@ -58,29 +65,27 @@ fn a_stream_of_the_old_process_settles_once_in_the_counters_of_the_new_one() {
     }
 }
 
-/// Reads the rest of a stream. Returns the tokens that it reports.
-fn reported_by(stream: &mut Connection) -> u64 {
-    let mut text = String::new();
-    while let Some(chunk) = stream.chunk().unwrap() {
-        text += &String::from_utf8(chunk).unwrap();
-    }
-    tokens(&text).unwrap()
+/// A gateway that serves one stream. The answer is smaller than its reservation, which is charged in full if the process is
+/// lost.
+fn with_stream(server: &str) -> (Arc<Upstream>, Place, Process, Connection) {
+    let (upstream, port) = Upstream::start();
+    let quotas = "reserve: { completion: max_tokens }, quotas: { total_tokens: { limit: 1k, per: day } }";
+    let place = Place::new(port, server, quotas, FILE);
+    let process = place.start();
+    let mut stream = Connection::open(place.port).unwrap();
+    stream.post(&held_stream()).unwrap();
+    stream.head().unwrap();
+    (upstream, place, process, stream)
+}
+
+fn assert_charged(place: &Place, tokens: u64) {
+    let environment = place.settled();
+    assert_eq!(quota(&environment, "total_tokens")["used"], tokens, "{environment:#}");
 }
 
 #[test]
 fn a_process_that_is_replaced_in_its_drain_delay_charges_at_the_new_one() {
-    let (upstream, port) = Upstream::start();
-    // The answer is smaller than its reservation, which would be charged in full if the old process were lost.
-    let place = Place::new(
-        port,
-        "drain_delay: 2s, drain_timeout: 20s",
-        "reserve: { completion: max_tokens }, quotas: { total_tokens: { limit: 1k, per: day } }",
-        FILE,
-    );
-    let mut old = place.start();
-    let mut stream = Connection::open(place.port).unwrap();
-    stream.post(&held_stream()).unwrap();
-    stream.head().unwrap();
+    let (upstream, place, mut old, mut stream) = with_stream("drain_delay: 2s, drain_timeout: 20s");
     old.terminate();
     thread::sleep(Duration::from_millis(300));
     let _new = place.start();
@@ -88,39 +93,45 @@ fn a_process_that_is_replaced_in_its_drain_delay_charges_at_the_new_one() {
     thread::sleep(Duration::from_millis(2_200));
     assert_eq!(place.environment()["in_flight"], 1, "{}", old.log());
     upstream.is_released.store(true, SeqCst);
-    let tokens = reported_by(&mut stream);
-    let environment = place.settled();
-    assert_eq!(quota(&environment, "total_tokens")["used"], tokens, "{environment:#}");
+    assert_charged(&place, reported_by(&mut stream));
     drop(stream);
-    assert_eq!(old.exit_code(Duration::from_secs(5)), Some(0), "{}", old.log());
+    assert_eq!(old.exit_code(MAX_WAIT), Some(0), "{}", old.log());
 }
 
 #[test]
 fn a_new_process_that_stops_waits_for_the_old_one() {
-    let (upstream, port) = Upstream::start();
-    let place = Place::new(
-        port,
-        "drain_timeout: 20s",
-        "reserve: { completion: max_tokens }, quotas: { total_tokens: { limit: 1k, per: day } }",
-        FILE,
-    );
-    let mut old = place.start();
-    let mut stream = Connection::open(place.port).unwrap();
-    stream.post(&held_stream()).unwrap();
-    stream.head().unwrap();
+    let (upstream, place, mut old, mut stream) = with_stream("drain_timeout: 20s");
     let mut new = place.start();
     new.terminate();
-    thread::sleep(Duration::from_secs(1));
+    new.wait_for("waiting until the old process has ended");
+    thread::sleep(Duration::from_millis(300));
     assert!(new.child.try_wait().unwrap().is_none(), "{}", new.log());
     upstream.is_released.store(true, SeqCst);
     let tokens = reported_by(&mut stream);
     drop(stream);
     for process in [&mut old, &mut new] {
-        assert_eq!(process.exit_code(Duration::from_secs(5)), Some(0), "{}", process.log());
+        assert_eq!(process.exit_code(MAX_WAIT), Some(0), "{}", process.log());
     }
     let _next = place.start();
-    let environment = place.settled();
-    assert_eq!(quota(&environment, "total_tokens")["used"], tokens, "{environment:#}");
+    assert_charged(&place, tokens);
+}
+
+#[test]
+fn a_process_that_is_replaced_too_waits_for_the_old_one_beyond_its_own_drain_timeout() {
+    let (upstream, place, mut first, mut stream) = with_stream("drain_timeout: 20s");
+    let config = fs::read_to_string(place.folder.path().join("t.yaml")).unwrap();
+    place.write("t.yaml", &config.replace("drain_timeout: 20s", "drain_timeout: 100ms"));
+    let mut second = place.start();
+    let _third = place.start();
+    second.wait_for("waiting until the old process has ended");
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(place.environment()["in_flight"], 1, "{}", second.log());
+    upstream.is_released.store(true, SeqCst);
+    assert_charged(&place, reported_by(&mut stream));
+    drop(stream);
+    for process in [&mut first, &mut second] {
+        assert_eq!(process.exit_code(MAX_WAIT), Some(0), "{}", process.log());
+    }
 }
 
 #[test]
